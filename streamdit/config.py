@@ -1,0 +1,300 @@
+"""Typed configuration of a StreamDiT model and of everything that a model directory names.
+
+Every class is a frozen pydantic model that refuses unknown keys. The objects here are the
+contract between the rooms: the pipeline writes :class:`AutoencoderIdentity` and
+:class:`TextEncoderConfig` into a dataset manifest, the trainer copies them into
+:class:`StreamDiTConfig`, and :func:`streamdit.load` rebuilds the stream from it.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+Triple = tuple[int, int, int]
+
+FORMAT_VERSION = 1
+
+
+class StrictModel(BaseModel):
+    """Base of every configuration: immutable, and an unknown key is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class BucketConfig(StrictModel):
+    """One latent grid that the model serves, with the attention window used on it."""
+
+    frames: int = Field(gt=0)
+    """Latent frames; equals the buffer length B."""
+    height: int = Field(gt=0)
+    """Latent rows (video height divided by the autoencoder's spatial factor)."""
+    width: int = Field(gt=0)
+    """Latent columns."""
+    window: Triple
+    """Attention window `[Fw, Hw, Ww]` in tokens; each entry divides the token grid."""
+
+
+class DiTConfig(StrictModel):
+    """Shape of the diffusion transformer (arXiv:2507.03745v4, Sec. 3.3 and Fig. 3)."""
+
+    latent_channels: int = Field(gt=0)
+    """Channels of one latent frame."""
+    buckets: tuple[BucketConfig, ...] = Field(min_length=1)
+    """Latent grids that the model serves; all have the same number of frames B."""
+    patch: Triple = (1, 2, 2)
+    """Latent voxels merged into one token along (frame, row, column)."""
+    width: int = Field(gt=0)
+    """Token width."""
+    depth: int = Field(gt=0)
+    """Number of transformer blocks."""
+    heads: int = Field(gt=0)
+    """Attention heads; `width / heads` must be even and at least 6 (3D rotary positions)."""
+    ffn_width: int = Field(gt=0)
+    """Hidden width of the feed-forward network."""
+    modulation: Literal["zero", "single"] = "zero"
+    """`zero`: every block has its own adaLN-zero projection of the time embedding. `single`: one
+    projection for all blocks plus a learned table per block (as PixArt and Wan do)."""
+    text: dict[str, int] = Field(min_length=1)
+    """Width of each text encoder's states, by the encoder's name."""
+    qk_norm: bool = True
+    """Root-mean-square normalisation of queries and keys."""
+    rope_theta: float = Field(default=10_000.0, gt=1.0)
+    """Base of the rotary frequencies."""
+    time_frequencies: int = Field(default=256, gt=0, multiple_of=2)
+    """Width of the sinusoidal features of tau before the time embedding."""
+
+    @model_validator(mode="after")
+    def _check_shapes(self) -> DiTConfig:
+        if self.width % self.heads:
+            raise ValueError(
+                f"width {self.width} is not divisible by heads {self.heads}; "
+                "choose heads that divide width"
+            )
+        head_width = self.width // self.heads
+        if head_width % 2 or head_width < 6:
+            raise ValueError(
+                f"head width {head_width} (width / heads) must be even and at least 6 for 3D "
+                "rotary positions; change width or heads"
+            )
+        frames = {bucket.frames for bucket in self.buckets}
+        if len(frames) > 1:
+            raise ValueError(
+                f"buckets have different frame counts {sorted(frames)}; the buffer length B is "
+                "one number per model, so give every bucket the same"
+            )
+        if self.patch[0] != 1:
+            raise ValueError(
+                f"patch {list(self.patch)} merges frames, but every latent frame has its own tau; "
+                "use 1 as the first entry"
+            )
+        for bucket in self.buckets:
+            grid = self.token_grid(bucket)
+            for axis, voxels, step in zip(
+                ("frames", "height", "width"),
+                (bucket.frames, bucket.height, bucket.width),
+                self.patch,
+                strict=True,
+            ):
+                if voxels % step:
+                    raise ValueError(
+                        f"bucket {axis} {voxels} is not divisible by patch {step}; "
+                        "change the bucket or the patch"
+                    )
+            if any(g % w for g, w in zip(grid, bucket.window, strict=True)):
+                raise ValueError(
+                    f"window {list(bucket.window)} does not divide the token grid {list(grid)} of "
+                    f"bucket {bucket.frames}x{bucket.height}x{bucket.width}; choose a divisor on "
+                    "every axis"
+                )
+        return self
+
+    @property
+    def buffer_frames(self) -> int:
+        """Latent frames in the buffer, B."""
+        return self.buckets[0].frames
+
+    def token_grid(self, bucket: BucketConfig) -> Triple:
+        """Tokens along (frames, rows, columns) for `bucket`."""
+        return (
+            bucket.frames // self.patch[0],
+            bucket.height // self.patch[1],
+            bucket.width // self.patch[2],
+        )
+
+    def window_for(self, frames: int, height: int, width: int) -> Triple:
+        """Attention window for a latent grid.
+
+        Raises:
+            ValueError: if no bucket of the configuration has this grid.
+        """
+        for bucket in self.buckets:
+            if (bucket.frames, bucket.height, bucket.width) == (frames, height, width):
+                return bucket.window
+        known = ", ".join(f"{b.frames}x{b.height}x{b.width}" for b in self.buckets)
+        raise ValueError(
+            f"latents of {frames}x{height}x{width} fit no bucket of this model ({known}); "
+            "resize the video, or add a bucket with its window to model.buckets"
+        )
+
+
+class GammaConfig(StrictModel):
+    """Noise schedule gamma: [0, 1] -> [0, 1] (arXiv:2507.03745v4, Eq. 9)."""
+
+    kind: Literal["linear", "exponential"] = "linear"
+    """`linear`: gamma(t) = t. `exponential`: gamma(t) = t ** power."""
+    power: float = 1.0
+    """Exponent k of the exponential schedule; greater than 1 spends more steps near noise."""
+
+    @model_validator(mode="after")
+    def _check_power(self) -> GammaConfig:
+        if self.kind == "linear" and self.power != 1.0:
+            raise ValueError(
+                f"power {self.power} has no meaning for the linear schedule; "
+                "remove it or use kind: exponential"
+            )
+        if self.kind == "exponential" and self.power <= 1.0:
+            raise ValueError(f"power {self.power} must be greater than 1 for kind: exponential")
+        return self
+
+
+class PartitionEntry(StrictModel):
+    """One partition of the buffer in the training mix."""
+
+    chunk_frames: int = Field(gt=0)
+    """Latent frames per chunk, c."""
+    reference_frames: int = Field(default=0, ge=0)
+    """Clean reference frames at the head, K."""
+    weight: float = Field(default=1.0, gt=0.0)
+    """Relative probability of the entry."""
+
+
+class PartitionConfig(StrictModel):
+    """The training mix of partitions (arXiv:2507.03745v4, Sec. 3.2) and its noise schedule."""
+
+    entries: tuple[PartitionEntry, ...] = Field(min_length=1)
+    """Partitions drawn at random, one per sample."""
+    gamma: GammaConfig = GammaConfig()
+    """Noise schedule, the same in training, distillation and sampling."""
+    sigma_min: float = Field(default=0.0, ge=0.0, lt=1.0)
+    """Noise left at tau = 1 (Eq. 1)."""
+
+
+class SamplingConfig(StrictModel):
+    """How a model is meant to be streamed: its default scheme and guidance."""
+
+    chunk_frames: int = Field(gt=0)
+    """Latent frames emitted at once, c."""
+    micro_steps: int = Field(gt=0)
+    """Denoising steps per emitted chunk, s."""
+    reference_frames: int = Field(default=0, ge=0)
+    """Clean reference frames kept at the head, K."""
+    guidance_scale: float = Field(default=1.0, ge=0.0)
+    """Classifier-free guidance weight w; 1 means one evaluation per step, without guidance."""
+
+
+class AutoencoderIdentity(StrictModel):
+    """Which autoencoder made (and decodes) the latents, and how they are normalised."""
+
+    kind: Literal["causal", "wan"]
+    """`causal`: this project's own; `wan`: diffusers' `AutoencoderKLWan`."""
+    source: str
+    """Directory or hub id that it loads from; relative paths are relative to the file that
+    holds this record."""
+    sha256: str
+    """Hash of the weights."""
+    latent_channels: int = Field(gt=0)
+    """Channels of a latent frame."""
+    temporal_factor: int = Field(default=4, gt=0)
+    """Video frames per latent frame."""
+    spatial_factor: int = Field(default=8, gt=0)
+    """Pixels per latent row and column."""
+    first_frame_alone: bool = False
+    """Whether a clip's first latent encodes a single frame (clips of 1 + 4k frames)."""
+    scale: tuple[float, ...]
+    """Per channel: `normalised = (latent - shift) * scale`."""
+    shift: tuple[float, ...]
+    """Per channel, see `scale`."""
+
+    @model_validator(mode="after")
+    def _check_channels(self) -> AutoencoderIdentity:
+        if not len(self.scale) == len(self.shift) == self.latent_channels:
+            raise ValueError(
+                f"scale has {len(self.scale)} and shift {len(self.shift)} entries for "
+                f"{self.latent_channels} latent channels; give one each per channel"
+            )
+        return self
+
+
+class TextEncoderConfig(StrictModel):
+    """One text encoder, by what it is and where its weights are."""
+
+    name: str = Field(min_length=1, pattern=r"^[A-Za-z][A-Za-z0-9_]*$")
+    """Name under which its states travel (columns of shards, projectors of the model)."""
+    kind: Literal["bytes", "t5", "open_clip"]
+    """`bytes`: hashed byte n-grams, needs no weights. `t5`: T5, UL2, UMT5 or ByT5 encoder from
+    transformers. `open_clip`: text tower of an open_clip model (MetaCLIP)."""
+    source: str | None = None
+    """Hub id or local path (`t5`), or open_clip model name; not used by `bytes`."""
+    pretrained: str | None = None
+    """open_clip weights tag or checkpoint path."""
+    width: int = Field(gt=0)
+    """Width of the states."""
+    max_tokens: int = Field(gt=0)
+    """Longest sequence; longer text is cut."""
+
+    @model_validator(mode="after")
+    def _check_source(self) -> TextEncoderConfig:
+        if self.kind != "bytes" and not self.source:
+            raise ValueError(
+                f"text encoder {self.name!r} of kind {self.kind} needs `source` (a hub id, model "
+                "name or local path)"
+            )
+        return self
+
+
+class StreamDiTConfig(StrictModel):
+    """`config.json` of a model directory: all that is needed to stream from its weights."""
+
+    format_version: Literal[1] = 1
+    """Version of the model directory's layout."""
+    model: DiTConfig
+    """The transformer."""
+    partition: PartitionConfig
+    """Partitions and noise schedule that it was trained with."""
+    sampling: SamplingConfig
+    """Default scheme and guidance."""
+    autoencoder: AutoencoderIdentity
+    """Decoder of its latents."""
+    text_encoders: tuple[TextEncoderConfig, ...] = Field(min_length=1)
+    """Encoders of its prompts."""
+    fps: float = Field(gt=0)
+    """Frames per second of the video that it was trained on."""
+    lineage: dict[str, Any] = Field(default_factory=dict)
+    """Where it came from: dataset fingerprint, run id, step, parent model."""
+
+    @field_validator("text_encoders")
+    @classmethod
+    def _unique_names(
+        cls, encoders: tuple[TextEncoderConfig, ...]
+    ) -> tuple[TextEncoderConfig, ...]:
+        names = [encoder.name for encoder in encoders]
+        if len(set(names)) != len(names):
+            raise ValueError(f"text encoder names {names} repeat; give each its own")
+        return encoders
+
+    @model_validator(mode="after")
+    def _check_parts_fit(self) -> StreamDiTConfig:
+        widths = {encoder.name: encoder.width for encoder in self.text_encoders}
+        if widths != self.model.text:
+            raise ValueError(
+                f"model.text {self.model.text} does not match the text encoders {widths}; "
+                "they must name the same encoders with the same widths"
+            )
+        if self.autoencoder.latent_channels != self.model.latent_channels:
+            raise ValueError(
+                f"model.latent_channels {self.model.latent_channels} does not match the "
+                f"autoencoder's {self.autoencoder.latent_channels}"
+            )
+        return self

@@ -1,0 +1,152 @@
+"""The contract of text conditioning: states by encoder name, and who makes them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from streamdit.config import TextEncoderConfig
+
+
+class TextStates(Mapping[str, tuple[Tensor, Tensor]]):
+    """Text states of a batch of prompts, by encoder name.
+
+    Each entry is `(values [b, l, d] floating, mask [b, l] bool)`; the mask is true where a token
+    is real. Encoders may have different lengths and widths, but share the batch.
+    """
+
+    def __init__(self, states: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+        for name, (values, mask) in states.items():
+            assert values.ndim == 3 and mask.shape == values.shape[:2], (
+                f"{name}: values {tuple(values.shape)} and mask {tuple(mask.shape)} disagree"
+            )
+        assert len({values.shape[0] for values, _ in states.values()}) <= 1
+        self._states = dict(states)
+
+    def __getitem__(self, name: str) -> tuple[Tensor, Tensor]:
+        return self._states[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._states)
+
+    def __len__(self) -> int:
+        return len(self._states)
+
+    @property
+    def batch(self) -> int:
+        """Number of prompts."""
+        return next(iter(self._states.values()))[0].shape[0]
+
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> TextStates:
+        """Copy to `device`, values also to `dtype`; masks stay boolean."""
+        return TextStates(
+            {
+                name: (values.to(device=device, dtype=dtype), mask.to(device=device))
+                for name, (values, mask) in self._states.items()
+            }
+        )
+
+    def select(self, rows: Sequence[int]) -> TextStates:
+        """States of the prompts `rows`, in that order (repeats allowed)."""
+        index = list(rows)
+        return TextStates(
+            {name: (values[index], mask[index]) for name, (values, mask) in self._states.items()}
+        )
+
+    def expand(self, batch: int) -> TextStates:
+        """Repeat the states of one prompt `batch` times."""
+        assert self.batch == 1
+        return self.select([0] * batch)
+
+    def where(self, keep: Tensor, other: TextStates) -> TextStates:
+        """Rows of self where `keep [b]` is true, of `other` elsewhere (caption dropout)."""
+        rows = [
+            row if kept else self.batch + row for row, kept in enumerate(keep.tolist())
+        ]
+        return TextStates.concatenate([self, other.expand(self.batch)]).select(rows)
+
+    @staticmethod
+    def concatenate(parts: Sequence[TextStates]) -> TextStates:
+        """Stack batches; shorter sequences are padded with masked zeros."""
+        states: dict[str, tuple[Tensor, Tensor]] = {}
+        for name in parts[0]:
+            length = max(part[name][0].shape[1] for part in parts)
+            padded = [pad_states(*part[name], length) for part in parts]
+            states[name] = (
+                torch.cat([values for values, _ in padded]),
+                torch.cat([mask for _, mask in padded]),
+            )
+        return TextStates(states)
+
+    @staticmethod
+    def collate(samples: Sequence[Mapping[str, Tensor]]) -> TextStates:
+        """Batch unpadded states: each sample maps encoder name to values `[l, d]`."""
+        return TextStates.concatenate(
+            [
+                TextStates(
+                    {
+                        name: (
+                            values.unsqueeze(0),
+                            torch.ones(1, values.shape[0], dtype=torch.bool, device=values.device),
+                        )
+                        for name, values in sample.items()
+                    }
+                )
+                for sample in samples
+            ]
+        )
+
+    def unpadded(self) -> list[dict[str, Tensor]]:
+        """The inverse of :meth:`collate`: per prompt, encoder name to values `[l, d]`."""
+        return [
+            {name: values[row][mask[row]] for name, (values, mask) in self._states.items()}
+            for row in range(self.batch)
+        ]
+
+
+def pad_states(values: Tensor, mask: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    """Pad `values [b, l, d]` and `mask [b, l]` at the end to `length` tokens."""
+    missing = length - values.shape[1]
+    if missing == 0:
+        return values, mask
+    return (
+        torch.nn.functional.pad(values, (0, 0, 0, missing)),
+        torch.nn.functional.pad(mask, (0, missing)),
+    )
+
+
+class TextEncoder(Protocol):
+    """Anything that turns prompts into states."""
+
+    config: TextEncoderConfig
+
+    def encode(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Encode `prompts`.
+
+        Returns:
+            Values `[b, l, width]` in float32 and mask `[b, l]` bool. Every prompt, the empty one
+            included, has at least one real token. A prompt's real states do not depend on the
+            other prompts of the batch.
+        """
+        ...
+
+
+class TextEncoders:
+    """All encoders of a model, run together."""
+
+    def __init__(self, encoders: Iterable[TextEncoder]) -> None:
+        self.encoders = tuple(encoders)
+
+    @property
+    def configs(self) -> tuple[TextEncoderConfig, ...]:
+        """Configuration of each encoder, in order."""
+        return tuple(encoder.config for encoder in self.encoders)
+
+    def encode(self, prompts: Sequence[str]) -> TextStates:
+        """States of `prompts` from every encoder."""
+        return TextStates(
+            {encoder.config.name: encoder.encode(prompts) for encoder in self.encoders}
+        )
