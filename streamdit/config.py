@@ -271,6 +271,8 @@ class StreamDiTConfig(StrictModel):
     """Encoders of its prompts."""
     fps: float = Field(gt=0)
     """Frames per second of the video that it was trained on."""
+    weights_sha256: str = ""
+    """Hash of `model.safetensors`; set when the directory is written."""
     lineage: dict[str, Any] = Field(default_factory=dict)
     """Where it came from: dataset fingerprint, run id, step, parent model."""
 

@@ -63,9 +63,7 @@ class TextStates(Mapping[str, tuple[Tensor, Tensor]]):
 
     def where(self, keep: Tensor, other: TextStates) -> TextStates:
         """Rows of self where `keep [b]` is true, of `other` elsewhere (caption dropout)."""
-        rows = [
-            row if kept else self.batch + row for row, kept in enumerate(keep.tolist())
-        ]
+        rows = [row if kept else self.batch + row for row, kept in enumerate(keep.tolist())]
         return TextStates.concatenate([self, other.expand(self.batch)]).select(rows)
 
     @staticmethod

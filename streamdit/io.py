@@ -1,0 +1,311 @@
+"""Model directories: everything that is needed to stream, on disk and back.
+
+model/
+  config.json           StreamDiTConfig
+  model.safetensors     weights of the transformer
+  autoencoder/          the project's own autoencoder, where the model uses one
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from streamdit.autoencoder.base import Autoencoder
+from streamdit.config import AutoencoderIdentity, SamplingConfig, StreamDiTConfig
+from streamdit.errors import UserError
+from streamdit.model import StreamDiT
+from streamdit.partition import PartitionMixture, PartitionScheme
+from streamdit.stream import Denoiser, Stream
+from streamdit.text.base import TextEncoders
+
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
+AUTOENCODER_FOLDER = "autoencoder"
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def resolve_source(source: str, base: Path) -> str:
+    """An identity's `source`, which may be relative to the directory that holds the record."""
+    local = base / source
+    return str(local) if local.exists() else source
+
+
+def save_model_directory(
+    directory: Path | str,
+    config: StreamDiTConfig,
+    weights: Mapping[str, Tensor],
+    autoencoder_base: Path | str = ".",
+) -> Path:
+    """Write a model directory; an existing one is replaced only once the new one is complete.
+
+    Args:
+        directory: where it will be.
+        config: its configuration; a local autoencoder in it is copied in, and `weights_sha256`
+            is set.
+        weights: state dict of the transformer; written in the dtype it has.
+        autoencoder_base: directory that `config.autoencoder.source` is relative to.
+
+    Returns:
+        The directory.
+    """
+    directory = Path(directory)
+    staging = directory.with_name(f".{directory.name}.{os.getpid()}.tmp")
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    source = Path(resolve_source(config.autoencoder.source, Path(autoencoder_base)))
+    if source.is_dir():
+        shutil.copytree(source, staging / AUTOENCODER_FOLDER)
+        identity = config.autoencoder.model_copy(update={"source": AUTOENCODER_FOLDER})
+        config = config.model_copy(update={"autoencoder": identity})
+    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+    save_file(contiguous, staging / WEIGHTS_FILE, metadata={"format": "pt"})
+    config = config.model_copy(update={"weights_sha256": file_sha256(staging / WEIGHTS_FILE)})
+    (staging / CONFIG_FILE).write_text(config.model_dump_json(indent=2) + "\n")
+    shutil.rmtree(directory, ignore_errors=True)
+    staging.replace(directory)
+    return directory
+
+
+def read_model_config(directory: Path | str) -> StreamDiTConfig:
+    """Read and check `config.json` of a model directory.
+
+    Raises:
+        UserError: if the directory is none, or its configuration does not fit this version.
+    """
+    path = Path(directory) / CONFIG_FILE
+    if not path.is_file():
+        raise UserError(
+            f"{directory} is no model directory: it has no {CONFIG_FILE}; give the directory that "
+            "`streamdit train` or `streamdit distill` wrote"
+        )
+    try:
+        return StreamDiTConfig.model_validate_json(path.read_text())
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"]) or "the file"
+        raise UserError(
+            f"{path}: {key}: {first['msg']}; write it again with this version of streamdit"
+        ) from None
+
+
+def load_weights(directory: Path | str, config: StreamDiTConfig) -> dict[str, Tensor]:
+    """Weights of a model directory, after checking their hash.
+
+    Raises:
+        UserError: if the file is missing or its hash differs from the configuration's.
+    """
+    path = Path(directory) / WEIGHTS_FILE
+    if not path.is_file():
+        raise UserError(f"{path} is missing; copy or export the model directory again")
+    digest = file_sha256(path)
+    if config.weights_sha256 and digest != config.weights_sha256:
+        raise UserError(
+            f"{path} has SHA-256 {digest[:12]}... but its config.json says "
+            f"{config.weights_sha256[:12]}...; the file is damaged, copy or export it again"
+        )
+    return load_file(path)
+
+
+def load_model(
+    directory: Path | str,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+) -> tuple[StreamDiT, StreamDiTConfig]:
+    """Load the transformer of a model directory and its configuration."""
+    config = read_model_config(directory)
+    with torch.device("meta"):
+        model = StreamDiT(config.model)
+    weights = load_weights(directory, config)
+    expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    found = {name: tensor.shape for name, tensor in weights.items()}
+    if expected != found:
+        wrong = sorted(set(expected.items()) ^ set(found.items()))[0]
+        raise UserError(
+            f"{Path(directory) / WEIGHTS_FILE} does not fit its config.json, first at "
+            f"{wrong[0]} {tuple(wrong[1])}; export the model directory again"
+        )
+    model.load_state_dict(weights, assign=True)
+    return model.to(device=device, dtype=dtype), config
+
+
+@dataclass
+class StreamingModel:
+    """A model with everything around it: what :func:`load` returns.
+
+    Attributes:
+        config: configuration of the model directory.
+        model: the transformer, in evaluation mode.
+        autoencoder: decoder (and encoder) of its latents.
+        text_encoders: encoders of its prompts.
+        device: where it runs.
+    """
+
+    config: StreamDiTConfig
+    model: StreamDiT
+    autoencoder: Autoencoder
+    text_encoders: TextEncoders
+    device: torch.device
+
+    def scheme(self, sampling: SamplingConfig | None = None) -> PartitionScheme:
+        """The scheme that a sampling configuration (default: the model's own) stands for.
+
+        Raises:
+            UserError: if the scheme was not in the model's training mix.
+        """
+        sampling = sampling or self.config.sampling
+        frames = self.config.model.buffer_frames
+        scheme = PartitionScheme.from_sampling(frames, sampling)
+        mixture = PartitionMixture(self.config.partition, frames)
+        if not mixture.serves(scheme):
+            raise UserError(
+                f"scheme K={scheme.K} c={scheme.c} was not in this model's training mix; choose "
+                f"one of {mixture.describe()}"
+            )
+        return scheme
+
+    def denoiser(
+        self,
+        prompts: list[str],
+        seeds: Iterable[int],
+        sampling: SamplingConfig | None = None,
+    ) -> Denoiser:
+        """A denoiser for several streams in step, one prompt and seed each, prompts set."""
+        sampling = sampling or self.config.sampling
+        bucket = self.config.model.buckets[0]
+        denoiser = Denoiser(
+            self.model,
+            self.scheme(sampling),
+            (self.config.model.latent_channels, bucket.height, bucket.width),
+            list(seeds),
+            self.config.partition.gamma,
+            sampling.guidance_scale,
+            self.device,
+        )
+        null = self.text_encoders.encode([""]) if sampling.guidance_scale != 1.0 else None
+        denoiser.set_text(self.text_encoders.encode(prompts), null)
+        return denoiser
+
+    def stream(self, prompt: str, seed: int = 0, sampling: SamplingConfig | None = None) -> Stream:
+        """Start a stream; iterate it for chunks, assign its `prompt` to steer it."""
+        denoiser = self.denoiser([prompt], [seed], sampling)
+        return Stream(denoiser, self.autoencoder, self.text_encoders, prompt)
+
+
+def load(
+    source: str | Path,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> StreamingModel:
+    """Turn a model directory, or a model in an MLflow registry, into something that streams.
+
+    Args:
+        source: a model directory, or `models:/name@alias` / `models:/name/version`.
+        device: default: a CUDA device if there is one.
+        dtype: precision of the transformer; default: bfloat16 on CUDA, as stored elsewhere.
+
+    Raises:
+        UserError: if it cannot be found or does not fit.
+    """
+    from streamdit.autoencoder import load_autoencoder
+    from streamdit.text import build_text_encoders
+
+    directory = _download(str(source)) if str(source).startswith("models:/") else Path(source)
+    chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if dtype is None and chosen.type == "cuda":
+        dtype = torch.bfloat16
+    model, config = load_model(directory, chosen, dtype)
+    identity = config.autoencoder
+    autoencoder = load_autoencoder(resolve_source(identity.source, directory), device=chosen)
+    check_autoencoder(autoencoder.identity, identity)
+    encoders = build_text_encoders(config.text_encoders, device=chosen)
+    return StreamingModel(config, model.eval(), autoencoder.eval(), encoders, chosen)
+
+
+def check_autoencoder(found: AutoencoderIdentity, expected: AutoencoderIdentity) -> None:
+    """Refuse an autoencoder other than the one that the latents were made with."""
+    if found.sha256 != expected.sha256:
+        raise UserError(
+            f"autoencoder {found.source} has SHA-256 {found.sha256[:12]}... but the model was "
+            f"trained on latents of {expected.sha256[:12]}...; restore the original autoencoder"
+        )
+
+
+def _download(uri: str) -> Path:
+    """Fetch a registered model from MLflow and find the model directory inside it."""
+    try:
+        import mlflow.artifacts
+        from mlflow.exceptions import MlflowException
+    except ImportError:
+        raise UserError(
+            f"{uri} is in an MLflow registry, but mlflow is not installed; pip install mlflow"
+        ) from None
+    try:
+        root = Path(mlflow.artifacts.download_artifacts(artifact_uri=uri))
+    except MlflowException as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"{uri} cannot be loaded: {reason}; check the name and alias, and that "
+            "MLFLOW_TRACKING_URI points to the store that holds it"
+        ) from None
+    for path in sorted(root.rglob(CONFIG_FILE)):
+        if (path.parent / WEIGHTS_FILE).is_file():
+            return path.parent
+    raise UserError(f"{uri} holds no model directory; register one with `streamdit register`")
+
+
+def _load_pyfunc(data_path: str) -> StreamPyFunc:
+    """Entry point that MLflow's pyfunc flavour calls (`loader_module="streamdit.io"`)."""
+    return StreamPyFunc(load(data_path))
+
+
+class StreamPyFunc:
+    """A model as MLflow's pyfunc flavour sees it: a table of prompts in, videos out."""
+
+    def __init__(self, model: StreamingModel) -> None:
+        self.model = model
+
+    def predict(self, model_input: Any, params: dict[str, Any] | None = None) -> list[Any]:
+        """Generate a clip for each prompt.
+
+        Args:
+            model_input: table with a column `prompt`.
+            params: `frames` (default 32) and `seed` (default 0).
+
+        Returns:
+            One uint8 array `[frames, H, W, 3]` per prompt.
+        """
+        import numpy as np
+
+        params = params or {}
+        frames, seed = int(params.get("frames", 32)), int(params.get("seed", 0))
+        videos = []
+        for prompt in list(model_input["prompt"]):
+            stream = self.model.stream(str(prompt), seed=seed)
+            chunks: list[np.ndarray] = []
+            while sum(map(len, chunks)) < frames:
+                chunks.append(next(stream).frames)
+            videos.append(np.concatenate(chunks)[:frames])
+        return videos
+
+
+def config_json(config: StreamDiTConfig) -> dict[str, Any]:
+    """The configuration as plain JSON values."""
+    values: dict[str, Any] = json.loads(config.model_dump_json())
+    return values

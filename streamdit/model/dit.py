@@ -1,0 +1,167 @@
+"""StreamDiT: adaLN diffusion transformer with per-frame time and 3D window attention."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from streamdit.config import DiTConfig
+from streamdit.model.block import Block, TextContext, WindowContext
+from streamdit.model.modulation import (
+    Float32LayerNorm,
+    Float32Linear,
+    SingleModulation,
+    TimeEmbedding,
+    ZeroModulation,
+    modulate,
+)
+from streamdit.model.position import rotary_angles
+from streamdit.model.windows import Windowing
+from streamdit.text.base import TextStates
+
+
+class TextProjector(nn.Sequential):
+    """One text encoder's states to the width of the model."""
+
+    def __init__(self, text_width: int, width: int) -> None:
+        super().__init__(
+            nn.LayerNorm(text_width),
+            nn.Linear(text_width, width),
+            nn.GELU(approximate="tanh"),
+            nn.Linear(width, width),
+        )
+
+
+class OutputLayer(nn.Module):
+    """Modulated norm and projection from tokens to the voxels of their patch."""
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        voxels = config.patch[0] * config.patch[1] * config.patch[2]
+        self.modulation = ZeroModulation(config.width, signals=2)
+        self.norm = Float32LayerNorm(config.width, eps=1e-6, elementwise_affine=False)
+        self.projection = nn.Linear(config.width, voxels * config.latent_channels)
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        """`[b, f, n, d]` to `[b, f, n, voxels * C]`."""
+        shift, scale = self.modulation(time, None)
+        output: Tensor = self.projection(modulate(self.norm(x), shift, scale).to(x.dtype))
+        return output
+
+
+class StreamDiT(nn.Module):
+    """Velocity network of buffered flow matching (arXiv:2507.03745v4, Sec. 3.3).
+
+    Args:
+        config: shape of the network. Windows are chosen per latent grid, and no weight depends on
+            them.
+    """
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.activation_checkpointing = False
+        voxels = config.patch[0] * config.patch[1] * config.patch[2]
+        self.patch_embedding = nn.Linear(voxels * config.latent_channels, config.width)
+        self.time_embedding = TimeEmbedding(config)
+        self.shared_modulation = (
+            Float32Linear(config.width, 6 * config.width) if config.modulation == "single" else None
+        )
+        self.text_projectors = nn.ModuleDict(
+            {name: TextProjector(width, config.width) for name, width in config.text.items()}
+        )
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
+        self.output = OutputLayer(config)
+
+    def initialise(self, generator: torch.Generator | None = None) -> StreamDiT:
+        """Draw fresh weights: Xavier-uniform matrices, zero biases, gates and output."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight, generator=generator)
+                nn.init.zeros_(module.bias)
+        for module in self.modules():
+            if isinstance(module, ZeroModulation | SingleModulation):
+                module.reset_parameters()
+        nn.init.zeros_(self.output.projection.weight)
+        return self
+
+    def project_text(self, text: TextStates) -> TextContext:
+        """Project and concatenate all encoders' states; done once per prompt when streaming."""
+        dtype = self.patch_embedding.weight.dtype
+        values, masks = [], []
+        for name, projector in self.text_projectors.items():
+            states, mask = text[name]
+            values.append(projector(states.to(dtype)))
+            masks.append(mask)
+        mask = torch.cat(masks, dim=1)
+        return TextContext(torch.cat(values, dim=1), mask[:, None, None, :])
+
+    def forward(self, latents: Tensor, tau: Tensor, text: TextStates) -> Tensor:
+        """Predict the velocity of every latent frame.
+
+        Args:
+            latents: normalised, noised latents `[b, f, C, h, w]`.
+            tau: time of each frame `[b, f]`, 0 = noise, 1 = data.
+            text: states of b prompts.
+
+        Returns:
+            Velocity `[b, f, C, h, w]` in the dtype of `latents`.
+
+        Raises:
+            ValueError: if the grid fits no bucket of the configuration.
+        """
+        return self.denoise(latents, tau, self.project_text(text))
+
+    def denoise(self, latents: Tensor, tau: Tensor, text: TextContext) -> Tensor:
+        """Like :meth:`forward`, on text that is projected already."""
+        config = self.config
+        grid = self._token_grid(latents)
+        window = config.window_for(latents.shape[1], latents.shape[3], latents.shape[4])
+        angles = rotary_angles(
+            grid, config.width // config.heads, config.rope_theta, latents.device
+        )
+        contexts = []
+        for shifted in (False, True):
+            windowing = Windowing.of(grid, window, shifted)
+            contexts.append(WindowContext(windowing, windowing.split(angles[None])))
+
+        time = self.time_embedding(tau)
+        shared = None
+        if self.shared_modulation is not None:
+            shared = self.shared_modulation(nn.functional.silu(time))
+        weight = self.patch_embedding.weight
+        x = self.patch_embedding(self._patchify(latents.to(weight.dtype)))
+        for index, block in enumerate(self.blocks):
+            arguments = (x, time, shared, text, contexts[index % 2])
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, *arguments, use_reentrant=False)
+            else:
+                x = block(*arguments)
+        return self._unpatchify(self.output(x, time), grid).to(latents.dtype)
+
+    def _token_grid(self, latents: Tensor) -> tuple[int, int, int]:
+        _, frames, _, height, width = latents.shape
+        _, rows, columns = self.config.patch
+        return (frames, height // rows, width // columns)
+
+    def _patchify(self, latents: Tensor) -> Tensor:
+        """`[b, f, C, h, w]` to tokens `[b, f, n, C * ph * pw]`."""
+        _, ph, pw = self.config.patch
+        b, f, c, h, w = latents.shape
+        patches = latents.reshape(b, f, c, h // ph, ph, w // pw, pw)
+        return patches.permute(0, 1, 3, 5, 2, 4, 6).reshape(b, f, -1, c * ph * pw)
+
+    def _unpatchify(self, tokens: Tensor, grid: tuple[int, int, int]) -> Tensor:
+        """The inverse of :meth:`_patchify`."""
+        _, ph, pw = self.config.patch
+        f, h, w = grid
+        patches = tokens.view(tokens.shape[0], f, h, w, self.config.latent_channels, ph, pw)
+        return patches.permute(0, 1, 4, 2, 5, 3, 6).reshape(
+            tokens.shape[0], f, self.config.latent_channels, h * ph, w * pw
+        )
+
+
+def build_dit(config: DiTConfig, seed: int = 0) -> StreamDiT:
+    """A freshly initialised model, the same for the same seed."""
+    return StreamDiT(config).initialise(torch.Generator().manual_seed(seed))

@@ -1,0 +1,113 @@
+"""Time conditioning: one embedding per latent frame, turned into scale, shift and gate.
+
+Everything here is computed in float32, whatever the precision of the rest of the model.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from streamdit.config import DiTConfig
+
+
+class Float32Linear(nn.Linear):
+    """Linear layer that computes in float32 even where its weights are kept in bf16."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[..., in]` to `[..., out]` float32."""
+        bias = None if self.bias is None else self.bias.float()
+        with torch.autocast(x.device.type, enabled=False):
+            return nn.functional.linear(x.float(), self.weight.float(), bias)
+
+
+class TimeEmbedding(nn.Module):
+    """Sinusoidal features of tau through a two-layer network, one vector per frame."""
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        self.frequencies = config.time_frequencies
+        self.input = Float32Linear(config.time_frequencies, config.width)
+        self.output = Float32Linear(config.width, config.width)
+
+    def forward(self, tau: Tensor) -> Tensor:
+        """`tau [b, f]` in 0...1 to `[b, f, width]` float32."""
+        half = self.frequencies // 2
+        steps = torch.arange(half, device=tau.device, dtype=torch.float32)
+        rates = torch.exp(-math.log(10_000.0) * steps / half)
+        # Tau is stretched to 0...1000, the range that these frequencies resolve.
+        angles = 1000.0 * tau.float()[..., None] * rates
+        features = torch.cat([angles.cos(), angles.sin()], dim=-1)
+        return self.output(nn.functional.silu(self.input(features)))
+
+
+class ZeroModulation(nn.Module):
+    """adaLN-zero: the block's own projection of the time embedding, zero at the start."""
+
+    def __init__(self, width: int, signals: int) -> None:
+        super().__init__()
+        self.signals = signals
+        self.projection = Float32Linear(width, signals * width)
+
+    def reset_parameters(self) -> None:
+        """Zero, so that every block starts as the identity."""
+        nn.init.zeros_(self.projection.weight)
+        nn.init.zeros_(self.projection.bias)
+
+    def forward(self, time: Tensor, shared: Tensor | None) -> tuple[Tensor, ...]:
+        """`time [b, f, d]` to `signals` tensors `[b, f, 1, d]` float32."""
+        signals: Tensor = self.projection(nn.functional.silu(time))
+        return signals.unsqueeze(2).chunk(self.signals, dim=-1)
+
+
+class SingleModulation(nn.Module):
+    """adaLN-single: a projection shared by all blocks plus this block's learned table."""
+
+    def __init__(self, width: int, signals: int) -> None:
+        super().__init__()
+        self.signals = signals
+        self.table = nn.Parameter(torch.empty(signals, width))
+
+    def reset_parameters(self) -> None:
+        """Small random entries, as PixArt-alpha uses."""
+        nn.init.normal_(self.table, std=self.table.shape[1] ** -0.5)
+
+    def forward(self, time: Tensor, shared: Tensor | None) -> tuple[Tensor, ...]:
+        """`shared [b, f, signals * d]` plus the table, to `signals` tensors `[b, f, 1, d]`."""
+        assert shared is not None, "adaLN-single needs the shared projection"
+        signals = shared.float().unflatten(-1, (self.signals, -1)) + self.table.float()
+        return tuple(signal.unsqueeze(2) for signal in signals.unbind(dim=2))
+
+
+def build_modulation(config: DiTConfig, signals: int) -> ZeroModulation | SingleModulation:
+    """The modulation that the configuration names."""
+    kind = {"zero": ZeroModulation, "single": SingleModulation}[config.modulation]
+    return kind(config.width, signals)
+
+
+def modulate(normed: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """`normed [b, f, n, d]` times `1 + scale` plus `shift`, both `[b, f, 1, d]`, in float32."""
+    return normed.float() * (1.0 + scale) + shift
+
+
+class Float32LayerNorm(nn.LayerNorm):
+    """Layer norm in float32; the output is float32 and the caller casts it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[..., d]` to `[..., d]` float32."""
+        weight = None if self.weight is None else self.weight.float()
+        bias = None if self.bias is None else self.bias.float()
+        return nn.functional.layer_norm(x.float(), self.normalized_shape, weight, bias, self.eps)
+
+
+class Float32RMSNorm(nn.RMSNorm):
+    """Root-mean-square norm in float32, cast back to the input's dtype."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[..., d]` to `[..., d]`."""
+        normed = nn.functional.rms_norm(
+            x.float(), list(self.normalized_shape), self.weight.float(), self.eps
+        )
+        return normed.to(x.dtype)

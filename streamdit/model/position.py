@@ -1,0 +1,45 @@
+"""3D rotary positions: a frame's place in the buffer and a patch's place in the picture."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+Triple = tuple[int, int, int]
+
+
+def axis_widths(head_width: int) -> Triple:
+    """Features of a head given to (frames, rows, columns): two even thirds, the rest to time."""
+    spatial = 2 * (head_width // 6)
+    return (head_width - 2 * spatial, spatial, spatial)
+
+
+def rotary_angles(grid: Triple, head_width: int, theta: float, device: torch.device) -> Tensor:
+    """Rotation angle of every feature pair at every token, `[F, H, W, head_width / 2]` float32."""
+    axes = []
+    for axis, (size, width) in enumerate(zip(grid, axis_widths(head_width), strict=True)):
+        exponents = torch.arange(0, width, 2, device=device, dtype=torch.float32) / width
+        angles = torch.arange(size, device=device, dtype=torch.float32)[:, None] / theta**exponents
+        shape = [1, 1, 1, width // 2]
+        shape[axis] = size
+        axes.append(angles.view(shape).expand(*grid, width // 2))
+    return torch.cat(axes, dim=-1)
+
+
+def rotate(features: Tensor, angles: Tensor) -> Tensor:
+    """Rotate neighbouring feature pairs.
+
+    Args:
+        features: `[n, heads, l, head_width]`; n is a multiple of the number of windows.
+        angles: `[windows, l, head_width / 2]`, in the same window order.
+
+    Returns:
+        Same shape and dtype as `features`; the rotation itself is done in float32.
+    """
+    n, heads, length, width = features.shape
+    windows = angles.shape[0]
+    pairs = features.float().view(n // windows, windows, heads, length, width // 2, 2)
+    even, odd = pairs.unbind(-1)
+    cos, sin = angles.cos()[None, :, None], angles.sin()[None, :, None]
+    rotated = torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1)
+    return rotated.view(n, heads, length, width).to(features.dtype)
