@@ -31,7 +31,7 @@ CausalState = tuple[Tensor, ...]
 
 
 class CausalAutoencoderConfig(StrictModel):
-    """Shape of the causal autoencoder; the default (73M parameters) is meant for 512x512 video."""
+    """Shape of the causal autoencoder; the default (93M parameters) is meant for 512x512 video."""
 
     latent_channels: int = Field(default=16, gt=0)
     """Channels of a latent frame."""
@@ -131,6 +131,8 @@ class CausalAutoencoder(Autoencoder):
         vectors = patches.permute(0, 2, 3, 4, 1).flatten(0, 3)
         mean, components, deviations = principal_components(vectors, self.config.latent_channels)
         encode, decode = self.encoder.linear, self.decoder.linear
+        assert encode.bias is not None
+        assert decode.bias is not None
         rows = components / deviations[:, None]
         channels = len(rows)
         encode.weight[:channels] = rows[:, :, None, None, None].to(encode.weight)
@@ -154,7 +156,7 @@ class Encoder(nn.Module):
         self.linear = nn.Conv3d(3 * prod(FACTORS), moments, 1)
         self.stem = nn.Conv3d(3 * prod(config.patch), config.widths[0], 1)
         self.stages = nn.ModuleList(
-            nn.ModuleList(ResidualBlock(width) for _ in range(blocks))
+            Stage(width, blocks)
             for width, blocks in zip(config.widths, config.encoder_blocks, strict=True)
         )
         # A kernel as long as its stride never reaches over the border of a group of frames.
@@ -170,12 +172,12 @@ class Encoder(nn.Module):
         start_at_zero(self.head)
 
     def forward(self, video: Tensor, history: History) -> Tensor:
+        """Moments of `video`."""
         x = self.stem(space_to_depth(video, self.patch))
-        for level, blocks in enumerate(self.stages):
+        for level, stage in enumerate(self.stages):
             if level > 0:
                 x = self.down[level - 1](x)
-            for block in blocks:
-                x = block(x, history)
+            x = stage(x, history)
         moments = self.head(F.silu(self.norm(x)))
         return moments + self.linear(space_to_depth(video, FACTORS))
 
@@ -191,7 +193,7 @@ class Decoder(nn.Module):
         self.linear = nn.Conv3d(config.latent_channels, 3 * prod(FACTORS), 1)
         self.stem = CausalConv3d(config.latent_channels, widths[0])
         self.stages = nn.ModuleList(
-            nn.ModuleList(ResidualBlock(width) for _ in range(blocks))
+            Stage(width, blocks)
             for width, blocks in zip(widths, config.decoder_blocks[::-1], strict=True)
         )
         self.up = nn.ModuleList(
@@ -203,14 +205,28 @@ class Decoder(nn.Module):
         start_at_zero(self.head.conv)
 
     def forward(self, latents: Tensor, history: History) -> Tensor:
+        """Video of `latents`."""
         x = self.stem(latents, history)
-        for level, blocks in enumerate(self.stages):
+        for level, stage in enumerate(self.stages):
             if level > 0:
                 x = depth_to_space(self.up[level - 1](x), self.strides[level - 1])
-            for block in blocks:
-                x = block(x, history)
+            x = stage(x, history)
         detail = self.head(F.silu(self.norm(x)), history)
         return depth_to_space(detail, self.patch) + depth_to_space(self.linear(latents), FACTORS)
+
+
+class Stage(nn.Module):
+    """Residual blocks at one resolution."""
+
+    def __init__(self, width: int, blocks: int) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(ResidualBlock(width) for _ in range(blocks))
+
+    def forward(self, x: Tensor, history: History) -> Tensor:
+        """`[b, c, t, h, w]` to the same shape."""
+        for block in self.blocks:
+            x = block(x, history)
+        return x
 
 
 class ResidualBlock(nn.Module):
@@ -225,6 +241,7 @@ class ResidualBlock(nn.Module):
         start_at_zero(self.conv2.conv)
 
     def forward(self, x: Tensor, history: History) -> Tensor:
+        """`[b, c, t, h, w]` to the same shape."""
         hidden = self.conv1(F.silu(self.norm1(x)), history)
         return x + self.conv2(F.silu(self.norm2(hidden)), history)
 
@@ -240,6 +257,7 @@ class CausalConv3d(nn.Module):
         self.conv = nn.Conv3d(inner, outer, self.kernel, padding=(0, side, side))
 
     def forward(self, x: Tensor, history: History) -> Tensor:
+        """`[b, inner, t, h, w]` to `[b, outer, t, h, w]`."""
         return self.conv(history.prepend(x, self.kernel - 1))
 
 
@@ -251,6 +269,7 @@ class PositionNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Same shape and dtype as `x`."""
         voxels = x.permute(0, 2, 3, 4, 1).float()
         normed = F.rms_norm(voxels, self.weight.shape, self.weight.float(), eps=1e-6)
         return normed.to(x.dtype).permute(0, 4, 1, 2, 3)

@@ -20,7 +20,7 @@ class TextStates(Mapping[str, tuple[Tensor, Tensor]]):
 
     def __init__(self, states: Mapping[str, tuple[Tensor, Tensor]]) -> None:
         for name, (values, mask) in states.items():
-            assert values.ndim == 3 and mask.shape == values.shape[:2], (
+            assert values.shape[:-1] == mask.shape, (
                 f"{name}: values {tuple(values.shape)} and mask {tuple(mask.shape)} disagree"
             )
         assert len({values.shape[0] for values, _ in states.values()}) <= 1

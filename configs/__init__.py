@@ -1,0 +1,1 @@
+"""Presets of every stage, shipped as package data."""

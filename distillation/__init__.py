@@ -1,0 +1,1 @@
+"""Multistep distillation: many guided teacher steps become one student step per chunk."""

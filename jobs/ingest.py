@@ -1,0 +1,219 @@
+"""`streamdit ingest`: from raw videos to a dataset of latents, in three resumable jobs."""
+
+from __future__ import annotations
+
+from collections import Counter
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from jobs.config import load_config
+from jobs.console import format_bytes, format_duration, progress
+from jobs.options import ConfigFile, Preset, split_overrides
+from jobs.runtime import ray_runtime
+from pipeline.annotate import AnnotateSummary, annotate
+from pipeline.config import IngestConfig
+from pipeline.curate import CurateSummary, curate
+from pipeline.encode import EncodeSummary, encode
+from pipeline.latents import latent_shape
+from pipeline.schema import MANIFEST_FILE, read_dead_letters
+from streamdit.autoencoder import load_autoencoder
+from streamdit.errors import UserError
+
+REASONS_SHOWN = 3
+
+
+class Stage(StrEnum):
+    """The three jobs, in the order in which they run."""
+
+    CURATE = "curate"
+    ANNOTATE = "annotate"
+    ENCODE = "encode"
+
+
+def command(
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="INPUT|KEY=VALUE",
+            help="Videos: files, folders, text files that list them, or s3:// prefixes. "
+            "Single settings may follow, as in clip.frames=64.",
+            show_default=False,
+        ),
+    ] = None,
+    out: Annotated[
+        Path, typer.Option("--out", metavar="DATASET", help="Dataset directory to write.")
+    ] = Path("data"),
+    autoencoder: Annotated[
+        str | None,
+        typer.Option(
+            "--autoencoder",
+            metavar="DIR|NAME",
+            help="What makes the latents: a directory from train-autoencoder, or a diffusers VAE "
+            "by path or hub name.",
+        ),
+    ] = None,
+    only: Annotated[
+        list[Stage] | None,
+        typer.Option("--only", help="Run this job alone; repeat it for two of the three."),
+    ] = None,
+    preset: Preset = "default",
+    config: ConfigFile = None,
+    address: Annotated[
+        str | None, typer.Option("--address", metavar="ADDRESS", help="Ray cluster; default: here.")
+    ] = None,
+) -> None:
+    """Turn videos into a dataset to train on: curate, annotate, encode.
+
+    curate finds scenes and scores them, annotate writes captions (from .vtt, .json or .txt files
+    beside the videos, or from a captioning model), encode makes the latents. Finished parts are
+    kept: the same command again continues, and takes in videos that are new. A video that cannot
+    be read is noted in the dataset and stops nothing.
+    """
+    inputs, overrides = split_overrides(arguments or [])
+    stages = [stage for stage in Stage if not only or stage in only]
+    settings = load_config(
+        IngestConfig, stage="ingest", preset=preset, file=config, overrides=overrides
+    )
+    check_request(stages, inputs, out, autoencoder, settings)
+    with ray_runtime(address):
+        facts = run_stages(stages, inputs, out, autoencoder, settings)
+    print_summary(out, stages, facts)
+
+
+def check_request(
+    stages: list[Stage],
+    inputs: list[str],
+    dataset: Path,
+    autoencoder: str | None,
+    config: IngestConfig,
+) -> None:
+    """Refuse, before any work, what a later job could not finish.
+
+    Raises:
+        UserError: without inputs, or without an autoencoder that fits the clips.
+    """
+    if Stage.CURATE in stages and not inputs:
+        raise UserError(
+            "no videos are given: name files, folders, lists or s3:// prefixes, as in "
+            f"`streamdit ingest my_videos/ --out {dataset}`"
+        )
+    if Stage.ENCODE not in stages:
+        return
+    if autoencoder is None:
+        raise UserError(
+            "encode needs --autoencoder: train one with `streamdit ingest ... --only curate` and "
+            f"`streamdit train-autoencoder {dataset} --out DIR`, or name a diffusers VAE"
+        )
+    latent_shape(load_autoencoder(autoencoder), config.clip)
+
+
+def run_stages(
+    stages: list[Stage],
+    inputs: list[str],
+    dataset: Path,
+    autoencoder: str | None,
+    config: IngestConfig,
+) -> dict[str, str]:
+    """Run the chosen jobs one after the other, with progress, in the Ray runtime that is up.
+
+    Returns:
+        What each job found, by name, for people.
+    """
+    facts: dict[str, str] = {}
+    if Stage.CURATE in stages:
+        with progress("curate") as on_progress:
+            facts |= curated_facts(curate(inputs, dataset, config, on_progress))
+    if Stage.ANNOTATE in stages:
+        with progress("annotate") as on_progress:
+            facts |= annotated_facts(annotate(dataset, config, on_progress))
+    if Stage.ENCODE in stages:
+        assert autoencoder is not None
+        with progress("encode") as on_progress:
+            facts |= encoded_facts(encode(dataset, autoencoder, config, on_progress), config)
+    return facts
+
+
+def curated_facts(summary: CurateSummary) -> dict[str, str]:
+    """Videos, and what was left aside."""
+    facts = {
+        "videos": f"{summary.sources:,} of {format_duration(summary.video_s)} together",
+        "clips": f"{summary.clips:,}",
+    }
+    if summary.skipped:
+        reasons = (f"{reason} {count:,}" for reason, count in summary.skipped.items())
+        facts["left aside"] = ", ".join(reasons)
+    return facts
+
+
+def annotated_facts(summary: AnnotateSummary) -> dict[str, str]:
+    """Captions, and what to do if there are none."""
+    text = f"{summary.captions:,} of {summary.clips:,} clips"
+    if not summary.captions:
+        text += (
+            ": put .vtt, .json or .txt files of the same name beside the videos, or set "
+            "captions.captioner=coca"
+        )
+    return {"captions": text}
+
+
+def encoded_facts(summary: EncodeSummary, config: IngestConfig) -> dict[str, str]:
+    """What there is to train on."""
+    seconds = summary.clips * config.clip.duration_s
+    return {
+        "selected": f"{summary.clips:,} clips by {config.selection.expression!r}, "
+        f"{format_duration(seconds)} together, {summary.held_out:,} of them held out",
+        "latents": f"{format_bytes(summary.latent_bytes)}, clips of {config.clip.bucket} "
+        f"at {config.clip.fps:g} FPS",
+    }
+
+
+def print_summary(dataset: Path, stages: list[Stage], facts: dict[str, str]) -> None:
+    """Show on stdout what was found, what failed, where it is, and what to do next."""
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, text in facts.items():
+        table.add_row(name, Text(text))
+    _add_dead_letters(table, dataset)
+    if Stage.ENCODE in stages:
+        table.add_row("manifest", Text(str(dataset / MANIFEST_FILE)))
+    table.add_row("next", Text(next_step(dataset, stages)))
+    Console(highlight=False).print(table)
+
+
+def _add_dead_letters(table: Table, dataset: Path) -> None:
+    letters = read_dead_letters(dataset).select(["stage", "error_class", "retryable"]).to_pylist()
+    if not letters:
+        table.add_row("failed", "nothing")
+        return
+    reasons = Counter(f"{letter['error_class']} in {letter['stage']}" for letter in letters)
+    top = reasons.most_common(REASONS_SHOWN)
+    shown = [f"{count:,} × {reason}" for reason, count in top]
+    if rest := len(letters) - sum(count for _, count in top):
+        shown.append(f"{rest:,} more")
+    table.add_row("failed", Text(f"{len(letters):,}: {', '.join(shown)}", style="yellow"))
+    retryable = sum(bool(letter["retryable"]) for letter in letters)
+    if retryable:
+        table.add_row("", f"{retryable:,} may succeed when the same command runs again")
+    table.add_row("", Text(f"each with its reason in {dataset / 'dead'}"))
+
+
+def next_step(dataset: Path, stages: list[Stage]) -> str:
+    """What a person types after these jobs."""
+    if Stage.ENCODE in stages:
+        return f"streamdit train {dataset} --out runs/train"
+    if Stage.ANNOTATE in stages:
+        return f"streamdit train-autoencoder {dataset} --out runs/autoencoder"
+    return "the same command with --only annotate"
+
+
+if __name__ == "__main__":
+    from jobs.cli import run_as_module
+
+    run_as_module(command)

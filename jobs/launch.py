@@ -1,0 +1,122 @@
+"""Start a training job on Ray Train, or join one that torchrun or Slurm started."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from jobs.console import console, progress, say
+from jobs.runtime import ray_runtime
+from streamdit.errors import UserError
+from training.loop import Interrupted, TrainJob, train_loop
+from training.metrics import format_line, read_metrics
+
+POLL_S = 0.5
+
+
+def launch(job: TrainJob, address: str | None = None) -> Path:
+    """Run `job` to its end and return the model directory.
+
+    Under torchrun or Slurm this process is one of the workers already; otherwise Ray Train starts
+    them. A job whose model directory is finished is not run again.
+
+    Raises:
+        UserError: if something does not fit, or Ray cannot be reached.
+    """
+    job.config.accumulation(
+        int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ else job.config.launch.workers
+    )
+    if job.finished():
+        say(f"{job.run_name}: {job.model_directory} is finished already")
+        return job.model_directory
+    if "RANK" in os.environ:
+        if os.environ["RANK"] == "0":
+            with follow(job):
+                train_loop(job)
+        else:
+            train_loop(job)
+    else:
+        with ray_runtime(address), follow(job):
+            _fit(job)
+    return job.model_directory
+
+
+def _worker(settings: dict[str, Any]) -> None:
+    """What each Ray Train worker runs."""
+    train_loop(settings["job"])
+
+
+def _fit(job: TrainJob) -> None:
+    import ray
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+
+    launch_config = job.config.launch
+    resources: dict[str, float] = {"CPU": launch_config.cpus_per_worker}
+    if launch_config.use_gpu:
+        resources["GPU"] = 1
+    _check_resources(resources, launch_config.workers, ray.cluster_resources())
+    trainer = TorchTrainer(
+        _worker,
+        train_loop_config={"job": job},
+        scaling_config=ScalingConfig(
+            num_workers=launch_config.workers,
+            use_gpu=launch_config.use_gpu,
+            resources_per_worker=resources,
+        ),
+        run_config=RunConfig(
+            name=job.run_name,
+            storage_path=str((Path(job.out) / "ray").resolve()),
+            failure_config=FailureConfig(max_failures=launch_config.max_failures),
+        ),
+    )
+    trainer.fit()
+
+
+def _check_resources(needed: dict[str, float], workers: int, total: dict[str, float]) -> None:
+    """Refuse a job that the cluster could never start, instead of waiting for ever."""
+    for name, amount in needed.items():
+        if amount * workers > total.get(name, 0):
+            raise UserError(
+                f"{workers} workers need {amount * workers:g} {name} but the Ray cluster has "
+                f"{total.get(name, 0):g}; lower launch.workers or launch.cpus_per_worker, or use a "
+                "larger cluster"
+            )
+
+
+@contextmanager
+def follow(job: TrainJob) -> Iterator[None]:
+    """Show the run's log lines, and a bar on a terminal, while it is under way."""
+    stop = threading.Event()
+    before = sum(1 for _ in read_metrics(job.metrics_path))
+    with progress(job.run_name, unit="steps") as on_progress:
+        thread = threading.Thread(
+            target=_show_lines, args=(job, on_progress, stop, before), daemon=True
+        )
+        thread.start()
+        try:
+            yield
+        except Interrupted as interrupt:
+            raise KeyboardInterrupt from interrupt
+        finally:
+            stop.set()
+            thread.join()
+
+
+def _show_lines(job: TrainJob, on_progress: Any, stop: threading.Event, shown: int) -> None:
+    """Print the lines of the metrics file as they appear."""
+    while True:
+        last_look = stop.wait(POLL_S)
+        rows = list(read_metrics(job.metrics_path))
+        shown = min(shown, len(rows))  # a resumed run drops lines that it will make again
+        for row in rows[shown:]:
+            console.print(format_line(row, job.config.steps), markup=False, soft_wrap=True)
+            if "loss" in row:
+                on_progress(row["step"], job.config.steps, {"loss": row["loss"]})
+        shown = len(rows)
+        if last_look:
+            return

@@ -1,0 +1,58 @@
+"""The options that every configurable command has, written once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from streamdit.errors import UserError
+
+ConfigFile = Annotated[
+    Path | None,
+    typer.Option("--config", metavar="FILE.yaml", help="Settings merged over the preset."),
+]
+"""`--config FILE.yaml`."""
+
+Preset = Annotated[
+    str, typer.Option("--preset", metavar="NAME", help="Settings that ship with the package.")
+]
+"""`--preset NAME`; the command gives the default."""
+
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="KEY=VALUE",
+        help="Single settings by dotted key, as in optimizer.learning_rate=1e-4; they win over "
+        "files.",
+        show_default=False,
+    ),
+]
+"""Trailing `dotted.key=value` arguments."""
+
+
+def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Part `inputs` from `key=value` overrides where a command takes both.
+
+    An argument is an override if it looks like `dotted.key=value` and no file of that name
+    exists.
+
+    Raises:
+        UserError: for an empty argument (an unset shell variable, most often).
+    """
+    inputs: list[str] = []
+    overrides: list[str] = []
+    for argument in arguments:
+        if not argument:
+            raise UserError("an input is empty: give a file, a folder or an s3:// prefix")
+        is_override = _looks_like_override(argument) and not Path(argument).exists()
+        (overrides if is_override else inputs).append(argument)
+    return inputs, overrides
+
+
+def _looks_like_override(argument: str) -> bool:
+    key, separator, _ = argument.partition("=")
+    parts = key.split(".")
+    return bool(separator) and all(p.isidentifier() or p.isdigit() for p in parts)

@@ -1,0 +1,46 @@
+"""The Ray runtime that a command works in: the one given, or one of its own."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from streamdit.errors import UserError
+
+
+@contextmanager
+def ray_runtime(address: str | None = None) -> Iterator[None]:
+    """Connect to the cluster at `address` (or RAY_ADDRESS), else run Ray on this machine.
+
+    A runtime that is up already is used and left up.
+
+    Raises:
+        UserError: if the cluster cannot be reached.
+    """
+    os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    try:
+        ray.init(
+            address=address,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            configure_logging=True,
+            include_dashboard=False if address is None else None,
+        )
+    except (ConnectionError, TimeoutError, ValueError) as error:
+        where = address or os.environ.get("RAY_ADDRESS", "")
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"Ray cluster {where} cannot be reached ({reason}); start it with `ray start --head`, "
+            "or leave --address away to work on this machine"
+        ) from None
+    try:
+        yield
+    finally:
+        ray.shutdown()

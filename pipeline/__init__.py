@@ -1,0 +1,1 @@
+"""From raw video to a dataset directory of latents: curate, annotate, encode."""

@@ -1,0 +1,143 @@
+"""Ray wiring: units in, one small result per unit out, progress as they finish."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from streamdit.errors import UserError
+
+OnProgress = Callable[[int, int, dict[str, float]], None]
+"""Called with units done, units in all, and the totals so far."""
+
+Row = dict[str, Any]
+"""A row that Ray carries: plain values only, never pixels."""
+
+
+def ensure_ray() -> None:
+    """Use the Ray runtime that is there (also by RAY_ADDRESS), or start a quiet local one."""
+    import ray
+
+    if not ray.is_initialized():
+        ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+
+
+def result_row(unit: str, counters: Mapping[str, float]) -> Row:
+    """What a stage returns for a finished unit."""
+    return {"unit": unit, "counters": json.dumps(dict(counters))}
+
+
+def run_units(
+    tasks: Sequence[Row],
+    stage: Callable[[Row], Iterable[Row]] | type,
+    *,
+    constructor: dict[str, Any] | None = None,
+    workers: int | None = None,
+    cpus: int = 1,
+    gpus: float = 0.0,
+) -> Iterator[dict[str, float]]:
+    """Run `stage` over `tasks` on Ray, each task by itself.
+
+    Args:
+        tasks: one row per unit.
+        stage: function from a row to result rows, or a class of such (its instances are actors
+            that keep what they load).
+        constructor: keyword arguments of the class.
+        workers: tasks at once; none means as many as there is room for.
+        cpus: CPUs of a task.
+        gpus: GPUs of a task, fractions allowed.
+
+    Yields:
+        Counters of each unit, as it finishes. A task whose worker dies is started again by Ray.
+
+    Raises:
+        UserError: if the cluster cannot hold a single worker.
+    """
+    import ray
+
+    if not tasks:
+        return
+    ensure_ray()
+    size = min(len(tasks), _room(cpus, gpus), workers or len(tasks))
+    quiet_ray_data()
+    if isinstance(stage, type):
+        compute: Any = ray.data.ActorPoolStrategy(size=size)
+        extra: dict[str, Any] = {"fn_constructor_kwargs": constructor or {}}
+    else:
+        compute, extra = ray.data.TaskPoolStrategy(size=size), {}
+    results = ray.data.from_items(list(tasks), override_num_blocks=len(tasks)).flat_map(
+        stage, compute=compute, num_cpus=cpus, num_gpus=gpus or None, **extra
+    )
+    for row in results.iter_rows():
+        yield json.loads(row["counters"])
+
+
+def run_stage(
+    units: Sequence[str],
+    done: Mapping[str, dict[str, float]],
+    results: Iterable[dict[str, float]],
+    on_progress: OnProgress | None,
+) -> dict[str, float]:
+    """Add up finished units and report each.
+
+    Args:
+        units: all units of the stage.
+        done: counters of those that an earlier run finished.
+        results: counters of the others, as they come.
+        on_progress: told about every step, once at the start too.
+
+    Returns:
+        Totals over all units.
+    """
+    totals: dict[str, float] = {}
+    finished = len(done)
+    for counters in done.values():
+        _add(totals, counters)
+    if on_progress:
+        on_progress(finished, len(units), dict(totals))
+    for counters in results:
+        _add(totals, counters)
+        finished += 1
+        if on_progress:
+            on_progress(finished, len(units), dict(totals))
+    return totals
+
+
+def quiet_ray_data() -> None:
+    """Turn off Ray Data's own progress bars and messages; the caller shows progress."""
+    import ray
+
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.enable_operator_progress_bars = False
+    context.print_on_execution_start = False
+    # A unit that raises is a bug or a broken machine: Ray must not drop it silently.
+    context.max_errored_blocks = 0
+    # A block is one unit; Ray must not wait for several before it starts a task.
+    for name in ("ray.data", "ray.data._internal", "ray.data.dataset"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def _room(cpus: int, gpus: float) -> int:
+    """Workers that the whole cluster can hold at once."""
+    import ray
+
+    resources = ray.cluster_resources()
+    room = math.floor(resources.get("CPU", 0.0) / cpus)
+    if gpus:
+        room = min(room, math.floor(resources.get("GPU", 0.0) / gpus + 1e-9))
+    if room < 1:
+        raise UserError(
+            f"no worker fits into the Ray cluster: it needs {cpus} CPUs and {gpus:g} GPUs, there "
+            f"are {resources.get('CPU', 0.0):g} and {resources.get('GPU', 0.0):g} in all; lower "
+            "`threads` or `encode.autoencoder_gpus`, or add nodes"
+        )
+    return room
+
+
+def _add(totals: dict[str, float], counters: Mapping[str, float]) -> None:
+    for name, value in counters.items():
+        totals[name] = totals.get(name, 0) + value

@@ -1,0 +1,98 @@
+"""Units of work: fixed groups of sources, so that a rerun finds the same pieces.
+
+A unit never changes its members: sources found later form new units, and a source found at
+another place keeps its unit.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from pipeline.ledger import write_atomically
+from pipeline.sources import Source
+from pipeline.storage import is_s3
+from streamdit.errors import UserError
+
+PLAN_FILE = "plan.json"
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A content-derived group of sources."""
+
+    name: str
+    """Hash of its members' ids; 12 hexadecimal digits."""
+    sources: tuple[Source, ...]
+    """Members, sorted by id."""
+
+    def to_json(self) -> str:
+        """As text, to travel in a row."""
+        return json.dumps({"name": self.name, "sources": [asdict(s) for s in self.sources]})
+
+    @staticmethod
+    def from_json(text: str) -> Unit:
+        """The inverse of :meth:`to_json`."""
+        values = json.loads(text)
+        sources = (
+            Source(**{**source, "sidecars": tuple(source["sidecars"])})
+            for source in values["sources"]
+        )
+        return Unit(values["name"], tuple(sources))
+
+
+def read_plan(dataset_dir: Path | str) -> list[Unit]:
+    """Units of a dataset directory; empty where nothing was curated yet."""
+    path = Path(dataset_dir) / PLAN_FILE
+    if not path.exists():
+        return []
+    return [Unit.from_json(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def require_plan(dataset_dir: Path | str) -> list[Unit]:
+    """Units of a dataset directory that must have been curated.
+
+    Raises:
+        UserError: if it was not.
+    """
+    units = read_plan(dataset_dir)
+    if not units:
+        raise UserError(
+            f"dataset {dataset_dir} holds no sources: run `streamdit ingest --only curate` on your "
+            "videos first"
+        )
+    return units
+
+
+def extend_plan(
+    dataset_dir: Path | str, sources: Sequence[Source], unit_sources: int
+) -> list[Unit]:
+    """Add the sources that are new to the plan and write it; returns all units."""
+    units = read_plan(dataset_dir)
+    found = {source.source_id: source for source in sources}
+    units = [
+        replace(unit, sources=tuple(_renew(s, found.pop(s.source_id, s)) for s in unit.sources))
+        for unit in units
+    ]
+    new = [found[source_id] for source_id in sorted(found)]
+    for first in range(0, len(new), unit_sources):
+        members = tuple(new[first : first + unit_sources])
+        units.append(Unit(_unit_name(members), members))
+    lines = "".join(unit.to_json() + "\n" for unit in units)
+    write_atomically(Path(dataset_dir) / PLAN_FILE, lines)
+    return units
+
+
+def _renew(known: Source, found: Source) -> Source:
+    """`known` as it was found this time; a further copy of a file that still lies there is not."""
+    if known.uri != found.uri and not is_s3(known.uri) and Path(known.uri).exists():
+        return known
+    return found
+
+
+def _unit_name(members: Sequence[Source]) -> str:
+    ids = ",".join(source.source_id for source in members)
+    return hashlib.sha256(ids.encode()).hexdigest()[:12]

@@ -1,0 +1,128 @@
+"""Local paths and `s3://` objects, read through one pair of functions."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import io
+import os
+from pathlib import Path
+from typing import Any, BinaryIO
+
+READ_AHEAD = 1 << 20
+
+
+class StorageError(ConnectionError):
+    """An S3 store refused a request, or did not answer."""
+
+
+def is_s3(uri: str) -> bool:
+    """Whether `uri` names an object of an S3 store."""
+    return uri.startswith("s3://")
+
+
+def split_s3(uri: str) -> tuple[str, str]:
+    """Bucket and key of `s3://bucket/key`."""
+    bucket, _, key = uri.removeprefix("s3://").partition("/")
+    return bucket, key
+
+
+def s3_client() -> Any:
+    """boto3 client with endpoint, region and credentials from the standard environment.
+
+    There is one per process: a client holds sockets, which must not be shared across a fork.
+    """
+    return _s3_client(os.getpid())
+
+
+@functools.lru_cache(maxsize=1)
+def _s3_client(process: int) -> Any:
+    import boto3
+
+    return boto3.client("s3")
+
+
+def open_video(uri: str) -> str | BinaryIO:
+    """What a decoder opens: the path itself, or a seekable file over an S3 object."""
+    return io.BufferedReader(S3Object(uri), READ_AHEAD) if is_s3(uri) else uri
+
+
+def read_bytes(uri: str) -> bytes:
+    """Whole content of a small file or object."""
+    if not is_s3(uri):
+        return Path(uri).read_bytes()
+    bucket, key = split_s3(uri)
+    return _call_s3(uri, "get_object", Bucket=bucket, Key=key)["Body"].read()
+
+
+def read_span(uri: str, start: int, length: int) -> bytes:
+    """`length` bytes from byte `start`, fewer at the end of the file."""
+    if length <= 0:
+        return b""
+    if not is_s3(uri):
+        with Path(uri).open("rb") as file:
+            file.seek(start)
+            return file.read(length)
+    bucket, key = split_s3(uri)
+    span = f"bytes={start}-{start + length - 1}"
+    return _call_s3(uri, "get_object", Bucket=bucket, Key=key, Range=span)["Body"].read()
+
+
+def _call_s3(uri: str, operation: str, **arguments: Any) -> dict[str, Any]:
+    """One request about `uri`, its failure as an OSError like that of a local file."""
+    import botocore.exceptions
+
+    try:
+        return getattr(s3_client(), operation)(**arguments)
+    except (botocore.exceptions.ClientError, botocore.exceptions.BotoCoreError) as error:
+        raise StorageError(f"{uri}: {error}") from None
+
+
+def content_version(uri: str) -> str:
+    """Changes when the content of a small file or object does; empty if it cannot be read."""
+    if not is_s3(uri):
+        try:
+            return hashlib.sha256(Path(uri).read_bytes()).hexdigest()
+        except OSError:
+            return ""
+    bucket, key = split_s3(uri)
+    try:
+        return str(_call_s3(uri, "head_object", Bucket=bucket, Key=key)["ETag"])
+    except StorageError:
+        return ""
+
+
+class S3Object(io.RawIOBase):
+    """Random access to one S3 object by ranged reads."""
+
+    def __init__(self, uri: str) -> None:
+        bucket, key = split_s3(uri)
+        self.uri = uri
+        self.size = int(_call_s3(uri, "head_object", Bucket=bucket, Key=key)["ContentLength"])
+        self.position = 0
+
+    def readable(self) -> bool:
+        """Always true."""
+        return True
+
+    def seekable(self) -> bool:
+        """Always true."""
+        return True
+
+    def tell(self) -> int:
+        """Current byte."""
+        return self.position
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """Move to a byte; nothing is read yet."""
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self.position, io.SEEK_END: self.size}[whence]
+        self.position = max(0, base + offset)
+        return self.position
+
+    def readinto(self, buffer: Any) -> int:
+        """Fill `buffer` from the current byte; returns the bytes read, 0 at the end."""
+        length = min(len(buffer), self.size - self.position)
+        data = read_span(self.uri, self.position, length)
+        buffer[: len(data)] = data
+        self.position += len(data)
+        return len(data)

@@ -1,0 +1,117 @@
+"""`streamdit describe`: sizes and costs that agree with the model itself."""
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from jobs.cli import app
+from jobs.config import load_config
+from streamdit.config import AutoencoderIdentity, StreamDiTConfig, TextEncoderConfig
+from streamdit.io import save_model_directory
+from streamdit.model import StreamDiT
+from streamdit.model.flops import count_flops
+from training.config import TrainConfig
+
+
+def describe(*arguments):
+    result = CliRunner().invoke(app, ["describe", *map(str, arguments)])
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def demo():
+    return load_config(TrainConfig, stage="train", preset="demo")
+
+
+def test_preset_has_the_parameters_of_the_model_that_it_builds():
+    facts = json.loads(describe("demo", "--json"))
+    built = sum(parameter.numel() for parameter in StreamDiT(demo().model).parameters())
+    assert facts["parameters"] == built == sum(facts["parameters_by_part"].values())
+    assert facts["weights_bytes"] == {"bfloat16": 2 * built, "float32": 4 * built}
+
+
+def test_preset_has_the_shapes_and_costs_of_its_configuration():
+    facts = json.loads(describe("demo", "--json"))
+    config = demo()
+    (bucket,) = facts["buckets"]
+    assert bucket["latent"] == [8, config.model.latent_channels, 8, 8]
+    assert bucket["video"] == [32, 64, 64]
+    assert bucket["flops_per_forward"] == count_flops(config.model, text_tokens=64)["total"]
+    assert [(e["K"], e["N"], e["c"]) for e in facts["partition"]] == [
+        (0, 8, 1),
+        (0, 4, 2),
+        (0, 2, 4),
+        (0, 1, 8),
+    ]
+    assert sum(entry["share"] for entry in facts["partition"]) == pytest.approx(1)
+
+
+def test_guidance_doubles_the_evaluations_of_a_chunk():
+    scheme = ("sampling.chunk_frames=2", "sampling.micro_steps=3")
+    guided = json.loads(describe("demo", *scheme, "sampling.guidance_scale=3", "--json"))
+    plain = json.loads(describe("demo", *scheme, "sampling.guidance_scale=1", "--json"))
+    assert guided["sampling"]["evaluations_per_chunk"] == 6
+    assert plain["sampling"]["evaluations_per_chunk"] == 3
+    assert plain["sampling"]["steps_per_frame"] == 12
+    assert plain["sampling"]["video_frames_per_chunk"] == 8
+
+
+def test_setting_changes_what_is_described_and_nothing_is_allocated():
+    # A petabyte of weights: only the meta device can build this.
+    facts = json.loads(describe("demo", "model.width=2097152", "model.depth=8", "--json"))
+    assert facts["parameters"] > 1e14
+
+
+def test_table_shows_the_same_in_words():
+    text = describe("demo", "sampling.guidance_scale=1", "sampling.micro_steps=1")
+    facts = json.loads(describe("demo", "--json"))
+    assert f"{facts['parameters']:,}" in text
+    assert "32 frames of 64×64" in text
+    assert "4 video frames for 1 evaluation (" in text
+    assert "no guidance" in text
+
+
+@pytest.fixture
+def model_directory(tmp_path):
+    plan = demo()
+    config = StreamDiTConfig(
+        model=plan.model,
+        partition=plan.partition,
+        sampling=plan.sampling,
+        autoencoder=AutoencoderIdentity(
+            kind="causal",
+            source="elsewhere",
+            sha256="0" * 64,
+            latent_channels=16,
+            first_frame_alone=True,
+            scale=(1.0,) * 16,
+            shift=(0.0,) * 16,
+        ),
+        text_encoders=(TextEncoderConfig(name="bytes", kind="bytes", width=256, max_tokens=40),),
+        fps=24,
+    )
+    return save_model_directory(tmp_path / "model", config, {})
+
+
+def test_model_directory_is_described_by_its_own_record(model_directory):
+    facts = json.loads(describe(model_directory, "--json"))
+    assert facts["parameters"] == json.loads(describe("demo", "--json"))["parameters"]
+    assert facts["text_tokens"] == 40
+    assert facts["fps"] == 24
+    assert facts["buckets"][0]["video"] == [29, 64, 64]
+    expected = count_flops(demo().model, text_tokens=40)["total"]
+    assert facts["buckets"][0]["flops_per_forward"] == expected
+
+
+def test_settings_of_a_trained_model_cannot_be_changed(model_directory):
+    result = CliRunner().invoke(app, ["describe", str(model_directory), "model.width=8"])
+    assert result.exit_code == 2
+    assert "whose settings are fixed" in result.stderr
+
+
+def test_unknown_name_lists_the_presets():
+    result = CliRunner().invoke(app, ["describe", "dmeo"])
+    assert result.exit_code == 2
+    assert result.stderr.startswith("error: dmeo is neither a training preset (demo, small, ")
+    assert len(result.stderr.splitlines()) == 1

@@ -1,0 +1,169 @@
+"""Data order and reading: pure functions of (seed, step), checked against the shards."""
+
+import shutil
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from latent_dataset import train_settings, write_dataset
+
+from pipeline.schema import decode_tensor
+from streamdit.config import DiTConfig
+from streamdit.errors import UserError
+from training.data import BatchLoader, BatchOrder, LatentDataset, sample_generator
+
+BUCKETS = {"wide": list(range(0, 23)), "tall": list(range(23, 40))}
+
+
+@pytest.fixture(scope="module")
+def dataset_dir(tmp_path_factory):
+    return write_dataset(tmp_path_factory.mktemp("data") / "dataset")
+
+
+def test_batches_never_mix_buckets_and_depend_on_seed_and_step_only():
+    order, again = BatchOrder(BUCKETS, 4, seed=3), BatchOrder(BUCKETS, 4, seed=3)
+    later = [again.batch(step) for step in reversed(range(50))][::-1]
+    assert [order.batch(step) for step in range(50)] == later
+    for step in range(50):
+        batch = set(order.batch(step))
+        assert batch <= set(BUCKETS["wide"]) or batch <= set(BUCKETS["tall"])
+    assert [BatchOrder(BUCKETS, 4, seed=4).batch(step) for step in range(50)] != later
+
+
+def test_every_clip_is_seen_once_an_epoch_and_remainders_carry_over():
+    order = BatchOrder(BUCKETS, 4, seed=0)
+    seen = dict.fromkeys(range(40), 0)
+    epochs = 12
+    steps = 0
+    while order.epoch(steps) < epochs:
+        for clip in order.batch(steps):
+            seen[clip] += 1
+        steps += 1
+    # 12 epochs are 12 * 23 and 12 * 17 clips; whole batches of 4 leave nothing over.
+    assert steps == (12 * 23 + 12 * 17) // 4
+    assert set(seen.values()) == {epochs}
+
+
+def test_an_epoch_is_shuffled_and_differs_from_the_next():
+    order = BatchOrder({"only": list(range(32))}, 8, seed=0)
+    first = [clip for step in range(4) for clip in order.batch(step)]
+    second = [clip for step in range(4, 8) for clip in order.batch(step)]
+    assert sorted(first) == sorted(second) == list(range(32))
+    assert first != second
+    assert first != list(range(32))
+
+
+def test_a_batch_larger_than_a_bucket_takes_several_epochs_of_it():
+    order = BatchOrder({"only": [0, 1, 2]}, 8, seed=0)
+    counts = [order.batch(0).count(clip) for clip in range(3)]
+    assert sum(counts) == 8
+    assert max(counts) - min(counts) <= 1
+
+
+def test_draws_of_a_sample_are_its_own():
+    def draw(*place):
+        return torch.rand((), generator=sample_generator(*place)).item()
+
+    assert draw(0, 5, 3, "draws") == draw(0, 5, 3, "draws")
+    others = [(1, 5, 3, "draws"), (0, 6, 3, "draws"), (0, 5, 4, "draws"), (0, 5, 3, "window")]
+    assert len({draw(0, 5, 3, "draws"), *(draw(*place) for place in others)}) == 5
+
+
+def test_sample_is_the_normalised_latent_of_its_clip(dataset_dir):
+    dataset = LatentDataset(dataset_dir, "train")
+    table = pq.read_table(dataset_dir / "latents/a.parquet").to_pylist()
+    identity = dataset.manifest.autoencoder
+    for position in (0, 7, 19):
+        sample = dataset.sample(position, 4, torch.Generator())
+        row = next(row for row in table if row["clip_id"] == sample["clip_id"])
+        raw = decode_tensor(row["latent"], row["latent_shape"], row["latent_dtype"]).float()
+        shift, scale = torch.tensor(identity.shift), torch.tensor(identity.scale)
+        expected = (raw - shift.view(1, -1, 1, 1)) * scale.view(1, -1, 1, 1)
+        torch.testing.assert_close(sample["latents"], expected)
+
+
+def test_windows_of_longer_clips_start_anywhere_in_them(tmp_path):
+    dataset = LatentDataset(
+        write_dataset(tmp_path / "long", clips=3, held_out=0, frames=6), "train"
+    )
+    whole = dataset.sample(0, 6, torch.Generator())["latents"]
+    starts = set()
+    for index in range(40):
+        window = dataset.sample(0, 4, sample_generator(0, 0, index, "window"))["latents"]
+        starts.add(next(s for s in range(3) if torch.equal(window, whole[s : s + 4])))
+    assert starts == {0, 1, 2}
+
+
+@pytest.mark.parametrize("workers", [1, 2, 4])
+def test_ranks_share_out_each_global_batch(dataset_dir, workers):
+    dataset = LatentDataset(dataset_dir, "train")
+    order = BatchOrder(dataset.buckets, 8, seed=1)
+    loaders = [
+        BatchLoader(dataset, order, 4, rank, workers, micro_batch=2) for rank in range(workers)
+    ]
+    whole = BatchLoader(dataset, order, 4, 0, 1, micro_batch=8)
+    for step, (expected,) in enumerate(whole.steps(0, 3)):
+        parts = [batch for loader in loaders for batch in next(loader.steps(step, step + 1))]
+        assert [clip for batch in parts for clip in batch.clip_ids] == expected.clip_ids
+        assert torch.equal(torch.cat([batch.latents for batch in parts]), expected.latents)
+        assert [i for batch in parts for i in batch.sample_indices] == list(range(8))
+
+
+def test_loader_started_late_gives_what_the_early_one_would_have(dataset_dir):
+    dataset = LatentDataset(dataset_dir, "train")
+    order = BatchOrder(dataset.buckets, 8, seed=1)
+    loader = BatchLoader(dataset, order, 4, 0, 1, micro_batch=4)
+    early = list(loader.steps(0, 6))[4:]
+    late = list(BatchLoader(dataset, order, 4, 0, 1, micro_batch=4).steps(4, 6))
+    for expected, found in zip(early, late, strict=True):
+        for a, b in zip(expected, found, strict=True):
+            assert a.clip_ids == b.clip_ids
+            assert torch.equal(a.latents, b.latents)
+
+
+def test_splits_do_not_overlap(dataset_dir):
+    def ids(split):
+        dataset = LatentDataset(dataset_dir, split)
+        return {dataset.sample(i, 4, torch.Generator())["clip_id"] for i in range(len(dataset))}
+
+    assert len(ids("train")) == 20
+    assert len(ids("held_out")) == 4
+    assert not ids("train") & ids("held_out")
+
+
+def model_config(**changes):
+    return DiTConfig.model_validate(train_settings()["model"] | changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"latent_channels": 8}, "latents have 4 channels but model.latent_channels is 8"),
+        ({"text": {"bytes": 32}}, r"text encoders {'bytes': 16} do not match"),
+        (
+            {"buckets": [{"frames": 4, "height": 8, "width": 4, "window": [2, 2, 2]}]},
+            "latents of 4x4, which model.buckets",
+        ),
+        (
+            {"buckets": [{"frames": 8, "height": 4, "width": 4, "window": [2, 2, 2]}]},
+            "has 4 latent frames but the buffer needs 8",
+        ),
+    ],
+)
+def test_a_data_set_that_does_not_fit_the_model_is_refused_by_name(dataset_dir, changes, message):
+    dataset = LatentDataset(dataset_dir, "train")
+    dataset.check_fits(model_config())
+    with pytest.raises(UserError, match=message):
+        dataset.check_fits(model_config(**changes))
+
+
+def test_damaged_latents_are_noticed(dataset_dir, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(dataset_dir, copy)
+    table = pq.read_table(copy / "latents/a.parquet")
+    crc = table.schema.get_field_index("latent_crc")
+    wrong = [value + 1 for value in table.column("latent_crc").to_pylist()]
+    table = table.set_column(crc, table.schema.field(crc), [wrong])
+    pq.write_table(table, copy / "latents/a.parquet", row_group_size=5)
+    with pytest.raises(UserError, match=r"latent of clip clip-0\d\d is damaged"):
+        LatentDataset(copy, "train").sample(0, 4, torch.Generator())

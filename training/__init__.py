@@ -1,0 +1,1 @@
+"""Training: one loop for every objective, its data order, checkpoints, metrics and tracking."""

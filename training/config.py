@@ -1,0 +1,151 @@
+"""Typed configuration of a training run; presets are `configs/train/*.yaml`."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from streamdit.config import DiTConfig, PartitionConfig, SamplingConfig, StrictModel
+from streamdit.errors import UserError
+from streamdit.partition import PartitionMixture, PartitionScheme
+
+
+class OptimizerConfig(StrictModel):
+    """AdamW and its learning rate."""
+
+    learning_rate: float = Field(default=1e-4, gt=0)
+    """Peak learning rate."""
+    betas: tuple[float, float] = (0.9, 0.99)
+    """Decay rates of AdamW's moments."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """Decoupled weight decay."""
+    warmup_steps: int = Field(default=0, ge=0)
+    """Steps of linear rise from 0 to the peak."""
+    schedule: Literal["constant", "cosine"] = "constant"
+    """After the warm-up: stay, or fall along a cosine to `final_share` of the peak."""
+    final_share: float = Field(default=0.1, ge=0, le=1)
+    """Share of the peak that the cosine ends at."""
+    gradient_clip: float = Field(default=1.0, ge=0)
+    """Largest global gradient norm; 0 leaves gradients as they are."""
+
+
+class CheckpointConfig(StrictModel):
+    """When to save the state of a run, and how many saved states to keep."""
+
+    every: int = Field(default=500, gt=0)
+    """Steps between checkpoints; the last step is always saved."""
+    keep: int = Field(default=2, gt=0)
+    """Newest checkpoints that stay on disk."""
+
+
+class LaunchConfig(StrictModel):
+    """How many worker processes Ray Train starts (torchrun and Slurm decide for themselves)."""
+
+    workers: int = Field(default=1, gt=0)
+    """Data-parallel worker processes."""
+    use_gpu: bool = False
+    """One GPU per worker, NCCL; otherwise gloo on CPUs."""
+    cpus_per_worker: int = Field(default=1, gt=0)
+    """CPUs reserved for, and threads used by, a worker (under any launcher)."""
+    max_failures: int = Field(default=0, ge=0)
+    """How often Ray restarts the workers after a crash, from the newest checkpoint."""
+
+
+class TrackingConfig(StrictModel):
+    """Where the run is recorded in MLflow."""
+
+    uri: str | None = None
+    """Tracking server. Default: the environment's MLFLOW_TRACKING_URI, else an embedded store
+    (SQLite file and artifact folder) in `directory`."""
+    directory: str = "runs/mlflow"
+    """Folder of the embedded store."""
+    experiment: str = "streamdit"
+    """MLflow experiment."""
+
+
+class ValidationConfig(StrictModel):
+    """Loss on held-out clips, with the same draws every time."""
+
+    every: int = Field(default=500, gt=0)
+    """Steps between validations; the last step is always validated."""
+    samples: int = Field(default=64, ge=0)
+    """Held-out clips per validation (fewer if the data set has fewer); 0 switches it off."""
+
+
+class RunConfig(StrictModel):
+    """What every run of the trainer has, whatever its objective."""
+
+    steps: int = Field(gt=0)
+    """Optimizer steps."""
+    global_batch: int = Field(gt=0)
+    """Clips per optimizer step, over all workers."""
+    micro_batch: int | None = Field(default=None, gt=0)
+    """Clips per worker and forward pass; default: what the worker gets, without accumulation."""
+    seed: int = 0
+    """Seed of initial weights, data order and every draw."""
+    optimizer: OptimizerConfig = OptimizerConfig()
+    """AdamW and its learning rate."""
+    ema_decay: float = Field(default=0.999, ge=0, lt=1)
+    """Decay of the averaged weights that are exported; 0 exports the last weights."""
+    precision: Literal["float32", "bfloat16"] = "bfloat16"
+    """Precision of weights and activations; master weights and moments are float32."""
+    zero_stage: Literal[1, 2, 3] = 1
+    """DeepSpeed ZeRO stage: shards optimizer state (1), gradients (2), parameters (3)."""
+    activation_checkpointing: bool = False
+    """Recompute activations in the backward pass to save memory."""
+    log_every: int = Field(default=10, gt=0)
+    """Steps between log lines."""
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    """Saved states."""
+    validation: ValidationConfig = ValidationConfig()
+    """Held-out loss."""
+    launch: LaunchConfig = LaunchConfig()
+    """Worker processes."""
+    tracking: TrackingConfig = TrackingConfig()
+    """MLflow."""
+
+    def accumulation(self, world_size: int) -> tuple[int, int]:
+        """Micro-batch size and accumulation steps on `world_size` workers.
+
+        Raises:
+            UserError: if the global batch cannot be divided so.
+        """
+        share, rest = divmod(self.global_batch, world_size)
+        if rest or not share:
+            raise UserError(
+                f"global_batch {self.global_batch} is not divisible by {world_size} workers; "
+                "change global_batch or the number of workers"
+            )
+        micro = self.micro_batch or share
+        if share % micro:
+            raise UserError(
+                f"micro_batch {micro} does not divide the {share} clips that each of {world_size} "
+                f"workers gets of global_batch {self.global_batch}; change one of them"
+            )
+        return micro, share // micro
+
+
+class TrainConfig(RunConfig):
+    """One stage of training with buffered flow matching."""
+
+    model: DiTConfig
+    """Shape of the transformer; that of the parent when starting from a model directory."""
+    partition: PartitionConfig
+    """Mix of partitions and noise schedule."""
+    sampling: SamplingConfig
+    """How the trained model is sampled by default."""
+    caption_dropout: float = Field(default=0.1, ge=0, le=1)
+    """Share of samples whose caption is replaced by the empty one, for guidance."""
+
+    @model_validator(mode="after")
+    def _check_schemes(self) -> TrainConfig:
+        frames = self.model.buffer_frames
+        mixture = PartitionMixture(self.partition, frames)
+        scheme = PartitionScheme.from_sampling(frames, self.sampling)
+        if not mixture.serves(scheme):
+            raise ValueError(
+                f"sampling with K={scheme.K} c={scheme.c} is not in the training mix "
+                f"({mixture.describe()}); add it to partition.entries or change sampling"
+            )
+        return self

@@ -1,0 +1,88 @@
+"""Averaged weights, one shard per rank, following DeepSpeed's own float32 partition."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def master_partitions(engine: Any) -> list[Tensor]:
+    """This rank's float32 master weights, one flat tensor per group (ZeRO 1, 2 and 3)."""
+    optimizer = engine.optimizer
+    for attribute in ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat"):
+        partitions = getattr(optimizer, attribute, None)
+        if partitions:
+            return [partition.data for partition in partitions]
+    raise AssertionError(f"{type(optimizer).__name__} keeps no float32 partitions")
+
+
+class ExponentialMovingAverage:
+    """Exponential moving average of the master weights.
+
+    Early in training the decay is lower, `(1 + n) / (10 + n)` after n updates, so that the random
+    start does not linger.
+
+    Args:
+        engine: DeepSpeed engine.
+        decay: weight of the past at each update; 0 follows the weights themselves.
+    """
+
+    def __init__(self, engine: Any, decay: float) -> None:
+        self.engine = engine
+        self.decay = decay
+        self.updates = 0
+        self.shards = [partition.clone() for partition in master_partitions(engine)]
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Take in the weights of one more optimizer step."""
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        self.updates += 1
+        for shard, weights in zip(self.shards, master_partitions(self.engine), strict=True):
+            shard.lerp_(weights.to(shard.device), 1.0 - decay)
+
+    def state_dict(self) -> dict[str, Any]:
+        """This rank's shards."""
+        return {"updates": self.updates, "shards": self.shards}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore this rank's shards."""
+        self.updates = state["updates"]
+        for shard, saved in zip(self.shards, state["shards"], strict=True):
+            shard.copy_(saved)
+
+    @contextmanager
+    def swapped_in(self) -> Iterator[None]:
+        """Within the context the master weights are the averaged ones."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        for shard, weights in zip(self.shards, master_partitions(self.engine), strict=True):
+            kept = weights.clone()
+            weights.copy_(shard)
+            shard.copy_(kept)
+
+
+def gather_float32(engine: Any) -> dict[str, Tensor]:
+    """Full float32 weights by name, gathered parameter by parameter; every rank takes part.
+
+    Returns:
+        The state dict on the CPU on rank 0, an empty dict on the others.
+    """
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    weights = {}
+    for name, parameter in engine.module.named_parameters():
+        full = safe_get_full_fp32_param(parameter)
+        if engine.global_rank == 0:
+            weights[name] = full.detach().cpu().clone()
+    return weights

@@ -1,0 +1,51 @@
+"""Loss on held-out clips, always with the same draws, so that two validations compare."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+
+from streamdit.flow import VelocityFunction
+from training.data import BatchLoader, LatentDataset, sample_generator
+from training.engine import World
+from training.objective import Objective, stack_draws
+
+VALIDATION_SEED = 1_000_003
+
+
+@torch.no_grad()
+def validate(
+    student: VelocityFunction,
+    objective: Objective,
+    dataset: LatentDataset,
+    loader: BatchLoader,
+    samples: int,
+    world: World,
+) -> float:
+    """Mean objective over the first `samples` held-out clips; every rank takes part.
+
+    Args:
+        student: the model under training.
+        objective: what it is trained towards.
+        dataset: held-out clips.
+        loader: gives the micro-batch size.
+        samples: clips of all ranks together.
+        world: this process.
+    """
+    clips = [clip for bucket in sorted(dataset.buckets) for clip in dataset.buckets[bucket]]
+    clips = clips[:samples]
+    sums = torch.zeros(2, dtype=torch.float64)
+    # Every rank makes the same number of forward passes, which ZeRO-3 needs; a rank that has run
+    # out of clips repeats one without counting it.
+    for start in range(0, len(clips), world.size):
+        index = min(start + world.rank, len(clips) - 1)
+        batch = loader.collate(clips, [index], step=VALIDATION_SEED).to(world.device)
+        generator = sample_generator(VALIDATION_SEED, 0, index, "draws")
+        draws = stack_draws([objective.draw(batch.latents.shape[1:], generator)])
+        draws = {name: value.to(world.device) for name, value in draws.items()}
+        loss, _ = objective(student, batch, draws)
+        if start + world.rank < len(clips):
+            sums += torch.tensor([float(loss), 1.0], dtype=torch.float64)
+    sums = sums.to(world.device)
+    dist.all_reduce(sums)
+    return float(sums[0] / sums[1])
