@@ -152,7 +152,7 @@ def _facts(results: DemoResults, scheme: PartitionScheme) -> list[Fact]:
     return [
         Fact(label="Parameters", value=f"{parameters / 1e6:.1f} M"),
         Fact(label="Clips", value=f"{results.curated.clips:,}"),
-        Fact(label="Autoencoder", value=f"{results.autoencoder.psnr_db:.1f} dB PSNR"),
+        Fact(label="Autoencoder", value=f"{results.autoencoder.psnr:.1f} dB PSNR"),
         Fact(
             label="Student's scheme", value=f"K={scheme.K} N={scheme.N} c={scheme.c} s={scheme.s}"
         ),

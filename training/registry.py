@@ -72,14 +72,17 @@ def register(
                 name="model",
                 loader_module="streamdit.io",
                 data_path=str(model_directory),
-                registered_model_name=name,
                 signature=_signature(),
+                input_example=_input_example(),
                 pip_requirements=[f"streamdit=={__version__}"],
                 metadata={"format_version": config.format_version},
             )
-        version = str(logged.registered_model_version)
-        for key, value in tags.items():
-            client.set_model_version_tag(name, version, key, value)
+        if not client.search_registered_models(f"name = '{name}'"):
+            client.create_registered_model(name)
+        created = client.create_model_version(
+            name, logged.model_uri, run_id=run_id, model_id=logged.model_id, tags=tags
+        )
+        version = str(created.version)
         if alias is not None:
             client.set_registered_model_alias(name, alias, version)
     except MlflowException as error:
@@ -137,6 +140,13 @@ def _run_of(client: Any, config: StreamDiTConfig) -> str | None:
     except MlflowException:
         return None
     return str(run_id)
+
+
+def _input_example() -> Any:
+    """A table of one prompt."""
+    import pandas as pd
+
+    return pd.DataFrame({"prompt": ["a red circle moving left over a blue background"]})
 
 
 def _signature() -> Any:

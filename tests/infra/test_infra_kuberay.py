@@ -9,7 +9,7 @@ import jsonschema
 import pytest
 import yaml
 
-from jobs.schema_keys import dotted_keys
+from jobs.config import load_config
 from training.config import TrainConfig
 
 FOLDER = Path(__file__).parents[2] / "infra" / "kuberay"
@@ -99,15 +99,22 @@ def test_every_pod_mounts_the_claimed_shared_volume():
             assert mounts == {"shared": "/mnt/streamdit", "shm": "/dev/shm"}
 
 
-def test_pools_scale_from_zero_and_only_training_holds_gpus():
-    spec = resource("RayCluster")["spec"]
-    assert spec["enableInTreeAutoscaling"] is True
-    gpus = {}
-    for group in spec["workerGroupSpecs"]:
-        assert group["minReplicas"] == 0 < group["maxReplicas"]
+def pools():
+    """Per worker group: the group, and the CPUs and GPUs of its nodes that are always up."""
+    found = {}
+    for group in resource("RayCluster")["spec"]["workerGroupSpecs"]:
         limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
-        gpus[group["groupName"]] = int(limits.get("nvidia.com/gpu", 0))
-    assert gpus == {"cpu-ingest": 0, "gpu-train": 8}
+        nodes = group["minReplicas"]
+        gpus = nodes * int(limits.get("nvidia.com/gpu", 0))
+        found[group["groupName"]] = (group, nodes * int(limits["cpu"]), gpus)
+    return found
+
+
+def test_pools_scale_up_and_only_training_holds_gpus():
+    assert resource("RayCluster")["spec"]["enableInTreeAutoscaling"] is True
+    for group, _, gpus in pools().values():
+        assert 0 < group["minReplicas"] <= group["replicas"] < group["maxReplicas"]
+        assert (gpus > 0) == (group["groupName"] == "gpu-train")
 
 
 def test_ray_version_is_the_one_that_is_tested():
@@ -121,6 +128,15 @@ def test_training_job_runs_on_that_cluster_with_settings_that_exist():
     assert job["spec"]["clusterSelector"] == {"ray.io/cluster": cluster["metadata"]["name"]}
     words = shlex.split(job["spec"]["entrypoint"])
     assert words[:3] == ["python", "-m", "jobs.train"]
-    settings = [word.partition("=")[0] for word in words if "=" in word]
-    assert settings
-    assert set(settings) <= set(dotted_keys(TrainConfig))
+    config = load_config(
+        TrainConfig,
+        stage="train",
+        preset=words[words.index("--preset") + 1],
+        overrides=[word for word in words if "=" in word],
+    )
+    workers = config.launch.workers
+    assert config.launch.use_gpu
+    config.accumulation(workers)
+    _, cpus, gpus = pools()["gpu-train"]
+    assert workers <= gpus
+    assert workers * config.launch.cpus_per_worker <= cpus

@@ -2,10 +2,10 @@
 
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -38,10 +38,16 @@ def plain(text):
     return " ".join(re.sub(r"[│╭╮╰╯─]", " ", text).split())
 
 
+def processor_seconds():
+    """Time that child processes have used; unlike the clock, it ignores what else runs here."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
 def test_overview_names_every_command_and_starts_at_once():
-    started = time.monotonic()
+    before = processor_seconds()
     result = streamdit("--help")
-    assert time.monotonic() - started < 1.5
+    assert processor_seconds() - before < 1.5
     assert result.returncode == 0
     for name, entry in COMMANDS.items():
         assert f"{name} " in result.stdout

@@ -100,6 +100,14 @@ def write_shots(path: Path, colours: Sequence[str], seconds: float = 2.0, step: 
     return path
 
 
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """Tiny tensors: more threads would only wait for each other."""
+    import torch
+
+    torch.set_num_threads(1)
+
+
 @pytest.fixture
 def small_config() -> IngestConfig:
     """Clips of one second, 16x32x32, two sources a unit."""
@@ -129,7 +137,6 @@ def autoencoder_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
         save_autoencoder,
     )
 
-    torch.set_num_threads(1)
     torch.manual_seed(0)
     config = CausalAutoencoderConfig(
         latent_channels=4,
