@@ -4,14 +4,18 @@ import streamdit
 
 stream = streamdit.load("models:/streamdit@production").stream("a red circle moving left")
 for chunk in stream:
-    show(chunk.frames)
+show(chunk.frames)
 """
 
-from streamdit.errors import UserError
-from streamdit.io import StreamingModel, load
-from streamdit.model import StreamDiT
-from streamdit.partition import PartitionMixture, PartitionScheme
-from streamdit.stream import Denoiser, Stream, StreamChunk
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from streamdit.errors import UserError
+    from streamdit.io import StreamingModel, load
+    from streamdit.model import StreamDiT
+    from streamdit.partition import PartitionMixture, PartitionScheme
+    from streamdit.stream import Denoiser, Stream, StreamChunk
 
 __version__ = "0.1.0"
 
@@ -27,3 +31,23 @@ __all__ = [
     "__version__",
     "load",
 ]
+
+# Loaded when first asked for: processes that only decode video or read a configuration import
+# `streamdit.config` without paying for PyTorch.
+_HOMES = {
+    "Denoiser": "streamdit.stream",
+    "PartitionMixture": "streamdit.partition",
+    "PartitionScheme": "streamdit.partition",
+    "Stream": "streamdit.stream",
+    "StreamChunk": "streamdit.stream",
+    "StreamDiT": "streamdit.model",
+    "StreamingModel": "streamdit.io",
+    "UserError": "streamdit.errors",
+    "load": "streamdit.io",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'streamdit' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

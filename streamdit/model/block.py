@@ -9,9 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
 
 from streamdit.config import DiTConfig
+from streamdit.model.attention import attention
 from streamdit.model.modulation import (
     Float32LayerNorm,
     Float32RMSNorm,
@@ -76,7 +76,7 @@ class WindowAttention(nn.Module):
         grid = x.unflatten(2, context.windowing.grid[1:])
         windows = context.windowing.split(grid)
         query, key, value = self.qkv(windows).chunk(3, dim=-1)
-        attended = scaled_dot_product_attention(
+        attended = attention(
             rotate(self.query(query), context.angles),
             rotate(self.key(key), context.angles),
             value.unflatten(-1, (self.heads, -1)).transpose(1, 2),
@@ -100,11 +100,11 @@ class CrossAttention(nn.Module):
     def forward(self, x: Tensor, text: TextContext) -> Tensor:
         """`[b, f, n, d]` to `[b, f, n, d]`."""
         key, value = self.to_key_value(text.values).chunk(2, dim=-1)
-        attended = scaled_dot_product_attention(
+        attended = attention(
             self.query(self.to_query(x.flatten(1, 2))),
             self.key(key),
             value.unflatten(-1, (self.heads, -1)).transpose(1, 2),
-            attn_mask=text.mask,
+            text.mask,
         )
         output: Tensor = self.output(attended.transpose(1, 2).flatten(2))
         return output.unflatten(1, x.shape[1:3])

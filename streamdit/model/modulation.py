@@ -83,8 +83,9 @@ class SingleModulation(nn.Module):
 
 def build_modulation(config: DiTConfig, signals: int) -> ZeroModulation | SingleModulation:
     """The modulation that the configuration names."""
-    kind = {"zero": ZeroModulation, "single": SingleModulation}[config.modulation]
-    return kind(config.width, signals)
+    if config.modulation == "zero":
+        return ZeroModulation(config.width, signals)
+    return SingleModulation(config.width, signals)
 
 
 def modulate(normed: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
