@@ -64,7 +64,8 @@ SHAPES: dict[str, float] = {
 }
 
 RADIUS_RANGE = (0.16, 0.20)
-SPEED_RANGE = (0.22, 0.30)
+SPEED_RANGE = (0.45, 0.55)
+LANE_RANGE = (0.4, 0.6)
 EDGE_PIXELS = 1.5
 
 
@@ -218,7 +219,10 @@ def render(
     Returns:
         uint8 `[frames, size, size, 3]`, and the fraction of the frame that the sprite covers.
     """
-    start = generator.uniform(size=2)
+    # Along its way a sprite starts anywhere; across it, it keeps to a lane through the middle.
+    start = np.array([generator.uniform(), generator.uniform(*LANE_RANGE)])
+    if DIRECTIONS[prompt.direction][0] == 0:
+        start = start[::-1]
     radius = generator.uniform(*RADIUS_RANGE)
     speed = generator.uniform(*SPEED_RANGE)
     seconds = np.arange(frames)[:, None] / fps

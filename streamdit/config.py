@@ -62,6 +62,9 @@ class DiTConfig(StrictModel):
     """Root-mean-square normalisation of queries and keys."""
     rope_theta: float = Field(default=10_000.0, gt=1.0)
     """Base of the rotary frequencies."""
+    absolute_position: bool = False
+    """Also add fixed sinusoidal 3D positions to the tokens. Rotary positions alone say where tokens
+    are relative to each other; small models learn sooner where in the picture they are."""
     time_frequencies: int = Field(default=256, gt=0, multiple_of=2)
     """Width of the sinusoidal features of tau before the time embedding."""
 

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -85,6 +86,9 @@ class AutoencoderTrainConfig(StrictModel):
     """Seed of weights, data order and noise."""
     fit_clips: int = Field(default=64, gt=0)
     """Training clips that the linear path is fitted to."""
+    normalisation: Literal["channel", "shared"] = "channel"
+    """`channel`: every latent channel is scaled to unit variance. `shared`: one scale for all, so
+    that channels keep their share of the variance and small models learn what matters first."""
     statistics_clips: int = Field(default=64, gt=0)
     """Training clips over which the latents' scale and shift are measured."""
     held_out_share: float = Field(default=0.02, ge=0, lt=1)
@@ -209,7 +213,7 @@ class Run:
             to_video(torch.from_numpy(clip[None, : config.frames, :rows, :columns]))
             for clip in train.sample(config.fit_clips, config.seed)
         ]
-        model.fit_linear_path(torch.cat(pictures))
+        model.fit_linear_path(torch.cat(pictures), whiten=config.normalisation == "channel")
         return Run(model.to(device), config)
 
     def train(
@@ -375,7 +379,7 @@ def mean_psnr(model: CausalAutoencoder, clips: Clips, config: AutoencoderTrainCo
 def measure_statistics(
     model: CausalAutoencoder, clips: Clips, config: AutoencoderTrainConfig
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Scale (1 / deviation) and shift (mean) of the latents, per channel, over training clips."""
+    """Scale (1 / deviation) and shift (mean) of the latents over training clips."""
     model.eval()
     channels = model.config.latent_channels
     total = torch.zeros(channels, dtype=torch.float64, device=next(model.parameters()).device)
@@ -389,6 +393,8 @@ def measure_statistics(
         count += voxels.shape[1]
     shift = total / count
     deviation = (squares / count - shift.square()).clamp(min=1e-12).sqrt()
+    if config.normalisation == "shared":
+        deviation = deviation.square().mean().sqrt().expand_as(deviation)
     return tuple((1.0 / deviation).tolist()), tuple(shift.tolist())
 
 

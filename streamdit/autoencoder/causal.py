@@ -120,16 +120,19 @@ class CausalAutoencoder(Autoencoder):
         return frames.transpose(1, 2).to(latents.dtype)
 
     @torch.no_grad()
-    def fit_linear_path(self, frames: Tensor) -> None:
+    def fit_linear_path(self, frames: Tensor, whiten: bool = True) -> None:
         """Set the linear path to the principal components of `frames` `[b, t, 3, H, W]`.
 
-        The latents then start with about unit variance per channel, and reconstruction with the
-        smallest error that a linear autoencoder of this many channels can reach.
+        Reconstruction then starts with the smallest error that a linear autoencoder of this many
+        channels can reach, and the latents with about unit variance: per channel (`whiten`), or
+        over all channels together, each keeping its own share of the variance.
         """
         check_clip(frames)
         patches = space_to_depth(frames.transpose(1, 2).float(), FACTORS)
         vectors = patches.permute(0, 2, 3, 4, 1).flatten(0, 3)
         mean, components, deviations = principal_components(vectors, self.config.latent_channels)
+        if not whiten:
+            deviations = deviations.square().mean().sqrt().expand_as(deviations)
         encode, decode = self.encoder.linear, self.decoder.linear
         assert encode.bias is not None
         assert decode.bias is not None

@@ -16,7 +16,7 @@ from streamdit.model.modulation import (
     ZeroModulation,
     modulate,
 )
-from streamdit.model.position import rotary_angles
+from streamdit.model.position import rotary_angles, sinusoidal_positions
 from streamdit.model.windows import Windowing
 from streamdit.text.base import TextStates
 
@@ -132,6 +132,8 @@ class StreamDiT(nn.Module):
             shared = self.shared_modulation(nn.functional.silu(time))
         weight = self.patch_embedding.weight
         x = self.patch_embedding(self._patchify(latents.to(weight.dtype)))
+        if config.absolute_position:
+            x = x + sinusoidal_positions(grid, config.width, x.device).to(x.dtype)
         for index, block in enumerate(self.blocks):
             arguments = (x, time, shared, text, contexts[index % 2])
             if self.activation_checkpointing and torch.is_grad_enabled():

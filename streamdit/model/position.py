@@ -14,6 +14,24 @@ def axis_widths(head_width: int) -> Triple:
     return (head_width - 2 * spatial, spatial, spatial)
 
 
+def sinusoidal_positions(grid: Triple, width: int, device: torch.device) -> Tensor:
+    """Fixed embedding of every token's place, `[F, H * W, width]` float32 with entries in -1...1.
+
+    Each axis has a share of the features (as :func:`axis_widths`): sines and cosines of its index
+    at geometrically spaced rates from 1.5 down to a tenth of that, which tell neighbours apart on
+    grids of a few to a few dozen tokens.
+    """
+    axes = []
+    for axis, (size, share) in enumerate(zip(grid, axis_widths(width), strict=True)):
+        rates = 1.5 * 10.0 ** -(torch.arange(share // 2, device=device) / (share // 2))
+        angles = torch.arange(size, device=device)[:, None] * rates
+        shape = [1, 1, 1, share]
+        shape[axis] = size
+        table = torch.cat([angles.sin(), angles.cos()], dim=-1).view(shape)
+        axes.append(table.expand(*grid, share))
+    return torch.cat(axes, dim=-1).flatten(1, 2)
+
+
 def rotary_angles(grid: Triple, head_width: int, theta: float, device: torch.device) -> Tensor:
     """Rotation angle of every feature pair at every token, `[F, H, W, head_width / 2]` float32."""
     axes = []

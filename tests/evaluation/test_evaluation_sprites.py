@@ -12,7 +12,9 @@ from evaluation.sprites import (
     BACKGROUNDS,
     COLOURS,
     DIRECTIONS,
+    LANE_RANGE,
     SHAPES,
+    SPEED_RANGE,
     SpritePrompt,
     SpriteWorldConfig,
     all_prompts,
@@ -152,10 +154,13 @@ def test_motion_is_constant_and_wraps_around(direction, step):
     along, across = (light.sum(axis=1), light.sum(axis=2))[:: 1 if step[0] else -1]
     angles = np.unwrap(np.angle(along @ wave)) / (2 * np.pi)
     moved = np.diff(angles) * sum(step)
-    assert 0.22 / fps - 0.001 < moved.mean() < 0.30 / fps + 0.001
+    slowest, fastest = SPEED_RANGE
+    assert slowest / fps - 0.001 < moved.mean() < fastest / fps + 0.001
     assert moved.std() < 0.001
     assert abs(angles[-1] - angles[0]) > 2  # twice around the torus and still the same speed
     assert np.ptp(np.angle(across @ wave)) < 0.01
+    lane = (np.angle(across @ wave) / (2 * np.pi)).mean() % 1.0
+    assert LANE_RANGE[0] - 0.02 < lane < LANE_RANGE[1] + 0.02
 
 
 def test_render_uses_the_colours_of_the_prompt():
