@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -14,6 +13,7 @@ import pyarrow.parquet as pq
 from pipeline.config import ShardConfig
 from pipeline.ledger import partial_path, publish
 from pipeline.schema import FOLDERS, FileKind, FileRecord
+from streamdit.hashing import file_sha256
 
 NO_BUCKET = "all"
 
@@ -59,9 +59,9 @@ def open_parquet(target: Path, schema: pa.Schema) -> pq.ParquetWriter:
 def describe_file(dataset_dir: Path, path: str, kind: FileKind, rows: int) -> FileRecord:
     """Size and hash of a published file."""
     target = dataset_dir / path
-    with target.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return FileRecord(path=path, kind=kind, rows=rows, bytes=target.stat().st_size, sha256=digest)
+    return FileRecord(
+        path=path, kind=kind, rows=rows, bytes=target.stat().st_size, sha256=file_sha256(target)
+    )
 
 
 class ShardWriter:

@@ -8,7 +8,6 @@ model/
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -25,6 +24,7 @@ from torch import Tensor
 from streamdit.autoencoder.base import Autoencoder
 from streamdit.config import AutoencoderIdentity, SamplingConfig, StreamDiTConfig
 from streamdit.errors import UserError
+from streamdit.hashing import file_sha256
 from streamdit.model import StreamDiT
 from streamdit.partition import PartitionMixture, PartitionScheme
 from streamdit.stream import Denoiser, Stream
@@ -33,12 +33,6 @@ from streamdit.text.base import TextEncoders
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 AUTOENCODER_FOLDER = "autoencoder"
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's bytes, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def resolve_source(source: str, base: Path) -> str:

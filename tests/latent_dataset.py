@@ -23,7 +23,7 @@ from pipeline.schema import (
 )
 from streamdit.autoencoder import CausalAutoencoder, CausalAutoencoderConfig, save_autoencoder
 from streamdit.config import TextEncoderConfig
-from streamdit.io import file_sha256
+from streamdit.hashing import file_sha256
 from streamdit.text import build_text_encoders
 
 ENCODERS = (TextEncoderConfig(name="bytes", kind="bytes", width=16, max_tokens=16),)

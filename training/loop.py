@@ -20,7 +20,8 @@ import torch.distributed as dist
 
 from streamdit.config import DiTConfig, PartitionConfig, SamplingConfig, StreamDiTConfig
 from streamdit.errors import UserError
-from streamdit.io import file_sha256, load_model, save_model_directory
+from streamdit.hashing import file_sha256
+from streamdit.io import load_model, save_model_directory
 from streamdit.model import StreamDiT, build_dit
 from streamdit.model.flops import count_flops
 from training.checkpoint import CheckpointFacts, load_checkpoint, save_checkpoint

@@ -6,7 +6,6 @@ and `autoencoder.safetensors`.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from pathlib import Path
@@ -26,6 +25,7 @@ from streamdit.autoencoder.causal import (
 from streamdit.autoencoder.wan import WAN_CLASS, load_wan
 from streamdit.config import AutoencoderIdentity, StrictModel
 from streamdit.errors import UserError
+from streamdit.hashing import file_sha256
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "autoencoder.safetensors"
@@ -190,9 +190,3 @@ def looks_like_hub_id(source: str) -> bool:
     """Whether `source` has the form `organisation/name` and is no path."""
     parts = source.split("/")
     return len(parts) == 2 and all(parts) and parts[0] not in (".", "..", "~")
-
-
-def file_sha256(path: str | Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    with Path(path).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
