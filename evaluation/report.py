@@ -225,7 +225,12 @@ class RunSummary(Shown):
 
 
 def save_media(
-    folder: Path | str, name: str, frames: np.ndarray, fps: float, upscale: int = 1
+    folder: Path | str,
+    name: str,
+    frames: np.ndarray,
+    fps: float,
+    upscale: int = 1,
+    poster_frame: int | None = None,
 ) -> Media:
     """Write frames as `name`.mp4 and `name`.png below the page's folder.
 
@@ -235,13 +240,15 @@ def save_media(
         frames: uint8 `[n, H, W, 3]`.
         fps: frames per second.
         upscale: whole factor of nearest-neighbour enlargement.
+        poster_frame: index of the frame that becomes the still; default: the middle one.
     """
     target = Path(folder) / name
     target.parent.mkdir(parents=True, exist_ok=True)
     video, poster = (PurePosixPath(f"{name}{suffix}") for suffix in (".mp4", ".png"))
     write_video(Path(folder) / video, frames, fps, upscale)
     # The middle frame tells more than the first, which a stream may still be warming up in.
-    write_still(Path(folder) / poster, frames[len(frames) // 2], upscale)
+    still = frames[len(frames) // 2 if poster_frame is None else poster_frame]
+    write_still(Path(folder) / poster, still, upscale)
     return Media(
         video=str(video),
         poster=str(poster),

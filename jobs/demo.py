@@ -162,9 +162,15 @@ def run_demo(settings: DemoSettings, out: Path) -> Path:
         registered = registered_once(student, settings, tracking, scores)
         stream_video, stream_seconds = stream_registered(registered, settings, out)
         sheet = out / "contact-sheet.png"
-        rows = [(system.name, system.videos[0].frames) for system in systems]
+        rows = [
+            (f"{system.label}: {video.prompt.caption()}", video.frames)
+            for system in systems
+            for video in system.videos[:1]
+        ]
         prompts = " → ".join(settings.stream_prompts)
-        contact_sheet([*rows, (f"stream: {prompts}", stream_video)], 10, 2).save(sheet)
+        contact_sheet([*rows, (f"Streamed by the student: {prompts}", stream_video)], 10, 2).save(
+            sheet
+        )
     page = write_page(
         out,
         DemoResults(

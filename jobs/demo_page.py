@@ -187,8 +187,10 @@ def _stream(out: Path, results: DemoResults) -> StreamedVideo:
     fps = results.world.fps
     share = len(results.stream) / len(results.stream_prompts) / fps
     rate = len(results.stream) / results.stream_seconds
+    # A frame from the middle of the first prompt: the very middle is where the prompt changes.
+    poster = len(results.stream) // (2 * len(results.stream_prompts))
     return StreamedVideo(
-        media=save_media(out, "media/stream", results.stream, fps, upscale=UPSCALE + 1),
+        media=save_media(out, "media/stream", results.stream, fps, UPSCALE + 1, poster),
         seconds=len(results.stream) / fps,
         prompts=[
             TimedPrompt(start=index * share, text=prompt)
