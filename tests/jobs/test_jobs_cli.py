@@ -180,7 +180,13 @@ def run_job(path):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=heed_interrupts,
     )
+
+
+def heed_interrupts():
+    """A shell's background jobs ignore Ctrl-C, and their children with them; this one shall not."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def test_interrupted_command_says_how_to_go_on(tmp_path):

@@ -13,10 +13,8 @@ from training.registry import find_registered, register
 
 
 @pytest.fixture
-def tracking(tmp_path, monkeypatch):
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    yield TrackingConfig(directory=str(tmp_path / "store"))
-    mlflow.set_tracking_uri(None)
+def tracking(tmp_path):
+    return TrackingConfig(directory=str(tmp_path / "store"))
 
 
 def test_registered_model_streams_by_alias_like_its_directory(tmp_path, tracking):

@@ -1,0 +1,16 @@
+"""What every test relies on: no test leaves its MLflow store to the next."""
+
+import os
+import sys
+
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def _no_tracking_store_left_behind(monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    yield
+    # Choosing a store sets it for the whole process, in the environment too.
+    if "mlflow" in sys.modules:
+        sys.modules["mlflow"].set_tracking_uri(None)
+    os.environ.pop("MLFLOW_TRACKING_URI", None)
