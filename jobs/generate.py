@@ -17,6 +17,8 @@ from streamdit.config import SamplingConfig
 from streamdit.errors import UserError
 from streamdit.io import StreamingModel
 from streamdit.stream import StreamChunk
+from training.config import TrackingConfig
+from training.tracking import use_store
 
 
 @dataclass(frozen=True)
@@ -46,13 +48,14 @@ def command(
     frames: Annotated[int, typer.Option("--frames", min=1, help="Video frames.")] = 128,
     seed: Annotated[int, typer.Option("--seed", help="Seed of the noise.")] = 0,
     chunk_frames: Annotated[
-        int | None, typer.Option("--chunk-frames", help="Latent frames per chunk, c.")
+        int | None, typer.Option("--chunk-frames", min=1, help="Latent frames per chunk, c.")
     ] = None,
     micro_steps: Annotated[
-        int | None, typer.Option("--micro-steps", help="Denoising steps per chunk, s.")
+        int | None, typer.Option("--micro-steps", min=1, help="Denoising steps per chunk, s.")
     ] = None,
     guidance: Annotated[
-        float | None, typer.Option("--guidance", help="Classifier-free guidance weight, w.")
+        float | None,
+        typer.Option("--guidance", min=0.0, help="Classifier-free guidance weight, w."),
     ] = None,
     upscale: Annotated[
         int, typer.Option("--upscale", min=1, help="Repeat every pixel this often per axis.")
@@ -66,11 +69,15 @@ def command(
 ) -> None:
     """Stream video from a model, with prompt changes on the way, and write it as mp4."""
     changes = [parse_prompt(text, first=index == 0) for index, text in enumerate(prompt)]
+    for path in filter(None, (out, sheet)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    if model.startswith("models:/"):
+        use_store(TrackingConfig())
     loaded = streamdit.load(model, device=device)
     defaults = loaded.config.sampling
     sampling = SamplingConfig(
-        chunk_frames=chunk_frames or defaults.chunk_frames,
-        micro_steps=micro_steps or defaults.micro_steps,
+        chunk_frames=defaults.chunk_frames if chunk_frames is None else chunk_frames,
+        micro_steps=defaults.micro_steps if micro_steps is None else micro_steps,
         reference_frames=defaults.reference_frames,
         guidance_scale=defaults.guidance_scale if guidance is None else guidance,
     )

@@ -5,15 +5,18 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from jobs.console import console, progress, say
 from jobs.runtime import ray_runtime
 from streamdit.errors import UserError
+from training.config import RunConfig
 from training.loop import Interrupted, TrainJob, train_loop
 from training.metrics import format_line, read_metrics
+from training.tracking import pinned
 
 POLL_S = 0.5
 
@@ -27,6 +30,7 @@ def launch(job: TrainJob, address: str | None = None) -> Path:
     Raises:
         UserError: if something does not fit, or Ray cannot be reached.
     """
+    job = replace(job, config=_with_pinned_store(job.config))
     job.config.accumulation(
         int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ else job.config.launch.workers
     )
@@ -34,15 +38,25 @@ def launch(job: TrainJob, address: str | None = None) -> Path:
         say(f"{job.run_name}: {job.model_directory} is finished already")
         return job.model_directory
     if "RANK" in os.environ:
-        if os.environ["RANK"] == "0":
-            with follow(job):
-                train_loop(job)
-        else:
-            train_loop(job)
+        with follow(job) if os.environ["RANK"] == "0" else nullcontext():
+            _join(job)
     else:
         with ray_runtime(address), follow(job):
-            _fit(job)
+            _fit(job, own_runtime=not (address or os.environ.get("RAY_ADDRESS")))
     return job.model_directory
+
+
+def _with_pinned_store(config: RunConfig) -> RunConfig:
+    """Workers may run in another folder, on another machine, without this environment."""
+    return config.model_copy(update={"tracking": pinned(config.tracking)})
+
+
+def _join(job: TrainJob) -> None:
+    """Take part as the worker that torchrun or Slurm started."""
+    try:
+        train_loop(job)
+    except Interrupted as interrupt:
+        raise KeyboardInterrupt from interrupt
 
 
 def _worker(settings: dict[str, Any]) -> None:
@@ -50,7 +64,8 @@ def _worker(settings: dict[str, Any]) -> None:
     train_loop(settings["job"])
 
 
-def _fit(job: TrainJob) -> None:
+def _fit(job: TrainJob, own_runtime: bool) -> None:
+    """Start the workers on Ray Train and wait for them."""
     import ray
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
@@ -59,7 +74,8 @@ def _fit(job: TrainJob) -> None:
     resources: dict[str, float] = {"CPU": launch_config.cpus_per_worker}
     if launch_config.use_gpu:
         resources["GPU"] = 1
-    _check_resources(resources, launch_config.workers, ray.cluster_resources())
+    if own_runtime:  # a cluster may still grow: Ray then waits, and says so
+        _check_resources(resources, launch_config.workers, ray.cluster_resources())
     trainer = TorchTrainer(
         _worker,
         train_loop_config={"job": job},
@@ -79,12 +95,15 @@ def _fit(job: TrainJob) -> None:
 
 def _check_resources(needed: dict[str, float], workers: int, total: dict[str, float]) -> None:
     """Refuse a job that the cluster could never start, instead of waiting for ever."""
+    remedies = {
+        "CPU": "lower launch.workers or launch.cpus_per_worker",
+        "GPU": "lower launch.workers, or set launch.use_gpu=false",
+    }
     for name, amount in needed.items():
         if amount * workers > total.get(name, 0):
             raise UserError(
-                f"{workers} workers need {amount * workers:g} {name} but the Ray cluster has "
-                f"{total.get(name, 0):g}; lower launch.workers or launch.cpus_per_worker, or use a "
-                "larger cluster"
+                f"{workers} workers need {amount * workers:g} {name} but this machine has "
+                f"{total.get(name, 0):g}; {remedies[name]}, or name a cluster with --address"
             )
 
 
@@ -100,8 +119,6 @@ def follow(job: TrainJob) -> Iterator[None]:
         thread.start()
         try:
             yield
-        except Interrupted as interrupt:
-            raise KeyboardInterrupt from interrupt
         finally:
             stop.set()
             thread.join()

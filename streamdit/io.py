@@ -221,7 +221,7 @@ def load(
     from streamdit.text import build_text_encoders
 
     directory = _download(str(source)) if str(source).startswith("models:/") else Path(source)
-    chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    chosen = _device(device)
     if dtype is None and chosen.type == "cuda":
         dtype = torch.bfloat16
     model, config = load_model(directory, chosen, dtype)
@@ -230,6 +230,19 @@ def load(
     check_autoencoder(autoencoder.identity, identity)
     encoders = build_text_encoders(config.text_encoders, device=chosen)
     return StreamingModel(config, model.eval(), autoencoder.eval(), encoders, chosen)
+
+
+def _device(device: torch.device | str | None) -> torch.device:
+    """The device asked for, or the best one there is."""
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"device {device} cannot be used ({reason}); try cpu") from None
+    return chosen
 
 
 def check_autoencoder(found: AutoencoderIdentity, expected: AutoencoderIdentity) -> None:

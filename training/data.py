@@ -23,7 +23,7 @@ from torch import Tensor
 
 from pipeline.schema import Manifest, decode_tensor, load_manifest
 from streamdit.autoencoder.base import latent_statistics
-from streamdit.config import DiTConfig
+from streamdit.config import DiTConfig, StreamDiTConfig, TextEncoderConfig
 from streamdit.errors import UserError
 from streamdit.text.base import TextStates
 
@@ -162,6 +162,26 @@ class LatentDataset:
                 "selection expression or add videos"
             )
 
+    def check_continues(self, parent: StreamDiTConfig) -> None:
+        """Refuse latents or text states of other encoders than a parent model was trained with.
+
+        Raises:
+            UserError: naming what differs.
+        """
+        mine, theirs = self.manifest.autoencoder, parent.autoencoder
+        if (mine.sha256, mine.scale, mine.shift) != (theirs.sha256, theirs.scale, theirs.shift):
+            raise UserError(
+                f"{self.directory}: its latents come from autoencoder {mine.sha256[:12]}... but "
+                f"the model to start from knows those of {theirs.sha256[:12]}...; encode the data set "
+                "with the model's autoencoder (MODEL_DIR/autoencoder)"
+            )
+        if self.manifest.text_encoders != parent.text_encoders:
+            raise UserError(
+                f"{self.directory}: text encoders {_names(self.manifest.text_encoders)} are not "
+                f"those of the model to start from, {_names(parent.text_encoders)}; run the encode "
+                "stage with the model's text encoders"
+            )
+
     def sample(self, position: int, frames: int, generator: torch.Generator) -> dict[str, Any]:
         """Normalised latents `[frames, C, h, w]` and text states of one clip.
 
@@ -194,6 +214,11 @@ class LatentDataset:
         return TextStates.collate(
             [{name: read_tensor(row, f"text_{name}", file.path).float() for name in self._names}]
         )
+
+
+def _names(encoders: Sequence[TextEncoderConfig]) -> str:
+    """Text encoders for a message."""
+    return ", ".join(f"{e.name} ({e.source or e.kind}, {e.max_tokens} tokens)" for e in encoders)
 
 
 class BatchOrder:

@@ -117,6 +117,8 @@ def train_loop(job: TrainJob) -> None:
     dataset = LatentDataset(job.dataset, "train")
     model, start_config = _starting_model(job)
     dataset.check_fits(model.config)
+    if start_config is not None:
+        dataset.check_continues(start_config)
     model.activation_checkpointing = config.activation_checkpointing
     objective = job.make_objective(job, world.device)
     engine = build_engine(model.to(world.device), config, world)
@@ -126,15 +128,17 @@ def train_loop(job: TrainJob) -> None:
     try:
         with _StopRequest() as stop:
             run.train(stop)
+        run.export(start_config)
     except Interrupted:
         run.close("KILLED")
         raise
     except BaseException:
         run.close("FAILED")
         raise
-    run.export(start_config)
-    run.close("FINISHED")
-    world.leave()
+    else:
+        run.close("FINISHED")
+    finally:
+        world.leave()
 
 
 def _starting_model(job: TrainJob) -> tuple[StreamDiT, StreamDiTConfig | None]:
@@ -196,6 +200,8 @@ class _Run:
         micro_batch, _ = config.accumulation(world.size)
         self.dataset = dataset
         self.held_out = LatentDataset(job.dataset, "held_out")
+        if len(self.held_out):
+            self.held_out.check_fits(job.model)
         order = BatchOrder(dataset.buckets, config.global_batch, config.seed)
         self.loader = self._loader(dataset, order, micro_batch)
         self.held_out_loader = self._loader(self.held_out, order, 1)
@@ -260,8 +266,7 @@ class _Run:
                 self._log(figures | meter.flush(config.steps - self.step))
             if config.validation.samples and (last or self.step % config.validation.every == 0):
                 self._validate()
-            # Asking all ranks costs a message, so a stop is noticed at log lines.
-            stopping = self.step % config.log_every == 0 and stop.agreed(self.world)
+            stopping = stop.agreed(self.world)
             if last or stopping or self.step % config.checkpoint.every == 0:
                 self._save()
             if stopping and not last:

@@ -45,9 +45,11 @@ class StepMeter:
         forward_flops: floating-point operations of one sample's forward pass.
         tokens: latent tokens of one sample.
         samples: samples of a step on this device.
+        world_size: number of devices.
         device: where it runs.
-        forwards: forward passes that a step's useful work counts as (3: forward and backward).
         recompute: one more forward pass for activation checkpointing.
+
+    A teacher's forward passes in distillation are not counted.
     """
 
     forward_flops: float
@@ -100,9 +102,10 @@ class MetricsFile:
     def __init__(self, path: Path, resume_step: int) -> None:
         kept = [row for row in read_metrics(path) if row["step"] <= resume_step]
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("w")
-        for row in kept:
-            self.write(row)
+        staging = path.with_name(f"{path.name}.tmp")
+        staging.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        staging.replace(path)
+        self._file = path.open("a")
 
     def write(self, row: dict[str, Any]) -> None:
         """Append a line, visible to readers at once."""

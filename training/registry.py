@@ -13,7 +13,7 @@ from streamdit.errors import UserError
 from streamdit.io import load_weights, read_model_config
 from streamdit.partition import PartitionScheme
 from training.config import TrackingConfig
-from training.tracking import connect, git_revision, tracking_uri
+from training.tracking import connect, git_revision, use_store
 
 
 @dataclass(frozen=True)
@@ -58,14 +58,13 @@ def register(
     config = read_model_config(model_directory)
     load_weights(model_directory, config)  # refuses damaged weights before anybody can load them
     client, experiment_id = connect(tracking)
-    uri = tracking_uri(tracking)
+    # It stays so, for `streamdit.load("models:/...")` in this process to find the same store.
+    uri = use_store(tracking)
     tags = version_tags(config, scores or {})
     run_id = (
         _run_of(client, config)
         or client.create_run(experiment_id, run_name=f"register-{name}").info.run_id
     )
-    # It stays so, for `streamdit.load("models:/...")` in this process to find the same store.
-    mlflow.set_tracking_uri(uri)
     try:
         with mlflow.start_run(run_id=run_id):
             logged = mlflow.pyfunc.log_model(
@@ -95,12 +94,10 @@ def register(
 
 def find_registered(name: str, alias: str, tracking: TrackingConfig) -> RegisteredVersion | None:
     """The version that an alias points to, or None; its store is then the process's own."""
-    import mlflow
     from mlflow.exceptions import MlflowException
 
     client, _ = connect(tracking)
-    uri = tracking_uri(tracking)
-    mlflow.set_tracking_uri(uri)
+    uri = use_store(tracking)
     try:
         version = client.get_model_version_by_alias(name, alias)
     except MlflowException:

@@ -28,6 +28,21 @@ def embedded_uri(directory: str) -> str:
     return f"sqlite:///{Path(directory).resolve()}/mlflow.db"
 
 
+def use_store(config: TrackingConfig) -> str:
+    """Make a store the one that `models:/...` means in this process; returns its URI."""
+    import mlflow
+
+    uri = tracking_uri(config)
+    mlflow.set_tracking_uri(uri)
+    return uri
+
+
+def pinned(config: TrackingConfig) -> TrackingConfig:
+    """The same store, named so that a process in another folder or machine finds it too."""
+    directory = str(Path(config.directory).resolve())
+    return config.model_copy(update={"uri": tracking_uri(config), "directory": directory})
+
+
 def connect(config: TrackingConfig) -> tuple[Any, str]:
     """MLflow client and experiment id; makes the embedded store and the experiment if need be.
 
@@ -125,7 +140,7 @@ class Tracker:
         flat = list(flatten(params or {}).items())
         for start in range(0, len(flat), 100):
             batch = [Param(key, value) for key, value in flat[start : start + 100]]
-            client.log_batch(tracker.run_id, params=batch)
+            tracker.send_params(batch)
         return tracker
 
     @staticmethod
@@ -133,10 +148,13 @@ class Tracker:
         from mlflow.exceptions import MlflowException
 
         try:
-            client.get_run(run_id)
+            return bool(client.get_run(run_id).info.lifecycle_stage == "active")
         except MlflowException:
             return False
-        return True
+
+    def send_params(self, params: list[Any]) -> None:
+        """Record parameters."""
+        self._send(lambda: self.client.log_batch(self.run_id, params=params))
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Log numbers of a step."""
@@ -174,6 +192,10 @@ class Tracker:
             try:
                 self._pending[0]()
             except (MlflowException, RequestException, OSError) as error:
+                if _is_permanent(error):
+                    logger.warning("MLflow refuses a call, which is dropped: %s", error)
+                    self._pending.pop(0)
+                    continue
                 self._retry_at = time.monotonic() + RETRY_AFTER_S
                 logger.warning(
                     "MLflow cannot be reached (%s); %d calls wait and training goes on",
@@ -182,3 +204,11 @@ class Tracker:
                 )
                 return
             self._pending.pop(0)
+
+
+def _is_permanent(error: Exception) -> bool:
+    """Whether trying again cannot help: a missing file, or a request that the server refuses."""
+    if isinstance(error, FileNotFoundError):
+        return True
+    codes = ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "BAD_REQUEST")
+    return getattr(error, "error_code", None) in codes

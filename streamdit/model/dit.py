@@ -87,7 +87,7 @@ class StreamDiT(nn.Module):
         return self
 
     def project_text(self, text: TextStates) -> TextContext:
-        """Project and concatenate all encoders' states; done once per prompt when streaming."""
+        """Project and concatenate all encoders' states; may be kept for as long as a prompt is."""
         dtype = self.patch_embedding.weight.dtype
         values, masks = [], []
         for name, projector in self.text_projectors.items():

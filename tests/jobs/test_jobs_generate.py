@@ -43,6 +43,21 @@ def test_scheme_outside_the_training_mix_is_refused_with_the_list(model_dir, tmp
     assert "Traceback" not in result.output
 
 
+@pytest.mark.parametrize(
+    ("option", "value"), [("--chunk-frames", 0), ("--micro-steps", -1), ("--guidance", -1)]
+)
+def test_impossible_numbers_are_usage_errors(model_dir, option, value):
+    result = run("generate", model_dir, "--prompt", "x", option, value)
+    assert result.exit_code == 2
+    assert "Traceback" not in result.output
+
+
+def test_unknown_device_is_one_line(model_dir):
+    result = run("generate", model_dir, "--prompt", "x", "--device", "abacus")
+    assert result.exit_code == 2
+    assert "device abacus cannot be used" in result.output
+
+
 def test_missing_model_is_one_line(tmp_path):
     result = run("generate", tmp_path / "none", "--prompt", "x")
     assert result.exit_code == 2

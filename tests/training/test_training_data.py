@@ -5,7 +5,8 @@ import shutil
 import pyarrow.parquet as pq
 import pytest
 import torch
-from latent_dataset import train_settings, write_dataset
+from latent_dataset import ENCODERS, train_settings, write_dataset
+from model_directory import model_config as parent_config
 
 from pipeline.schema import decode_tensor
 from streamdit.config import DiTConfig
@@ -167,3 +168,15 @@ def test_damaged_latents_are_noticed(dataset_dir, tmp_path):
     pq.write_table(table, copy / "latents/a.parquet", row_group_size=5)
     with pytest.raises(UserError, match=r"latent of clip clip-0\d\d is damaged"):
         LatentDataset(copy, "train").sample(0, 4, torch.Generator())
+
+
+def test_latents_and_text_of_other_encoders_than_the_parents_are_refused(dataset_dir, tmp_path):
+    dataset = LatentDataset(dataset_dir, "train")
+    identity = dataset.manifest.autoencoder
+    dataset.check_continues(parent_config(identity))
+    other = identity.model_copy(update={"sha256": "f" * 64})
+    with pytest.raises(UserError, match="but the model to start from knows those of ffffffffffff"):
+        dataset.check_continues(parent_config(other))
+    longer = (ENCODERS[0].model_copy(update={"max_tokens": 99}),)
+    with pytest.raises(UserError, match=r"bytes \(bytes, 99 tokens\)"):
+        dataset.check_continues(parent_config(identity, text_encoders=longer))
