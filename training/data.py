@@ -172,8 +172,8 @@ class LatentDataset:
         if (mine.sha256, mine.scale, mine.shift) != (theirs.sha256, theirs.scale, theirs.shift):
             raise UserError(
                 f"{self.directory}: its latents come from autoencoder {mine.sha256[:12]}... but "
-                f"the model to start from knows those of {theirs.sha256[:12]}...; encode the data set "
-                "with the model's autoencoder (MODEL_DIR/autoencoder)"
+                f"the model to start from knows those of {theirs.sha256[:12]}...; encode the data "
+                "set with the model's autoencoder (MODEL_DIR/autoencoder)"
             )
         if self.manifest.text_encoders != parent.text_encoders:
             raise UserError(
