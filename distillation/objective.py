@@ -28,7 +28,7 @@ from training.data import Batch
 from training.objective import Draws
 
 if TYPE_CHECKING:
-    from training.loop import TrainJob
+    from training.job import TrainJob
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ from streamdit.config import PartitionConfig, PartitionEntry, SamplingConfig
 from streamdit.errors import UserError
 from streamdit.io import read_model_config
 from streamdit.partition import PartitionMixture, PartitionScheme
-from training.loop import TrainJob
+from training.job import TrainJob
 
 
 def command(

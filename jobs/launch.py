@@ -14,7 +14,8 @@ from jobs.console import console, progress, say
 from jobs.runtime import ray_runtime
 from streamdit.errors import UserError
 from training.config import RunConfig
-from training.loop import Interrupted, TrainJob, train_loop
+from training.job import TrainJob
+from training.loop import Interrupted, train_loop
 from training.metrics import format_line, read_metrics
 from training.tracking import pinned
 

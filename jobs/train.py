@@ -12,7 +12,7 @@ from jobs.console import say
 from jobs.options import ConfigFile, Overrides, Preset
 from streamdit.errors import UserError
 from training.config import TrainConfig
-from training.loop import TrainJob
+from training.job import TrainJob
 from training.objective import make_flow_matching
 
 

@@ -6,96 +6,29 @@ It knows DeepSpeed, checkpoints and logging, but neither flow matching nor disti
 
 from __future__ import annotations
 
-import hashlib
-import json
 import signal
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from streamdit.config import DiTConfig, PartitionConfig, SamplingConfig, StreamDiTConfig
+from streamdit.config import StreamDiTConfig
 from streamdit.errors import UserError
-from streamdit.hashing import file_sha256
 from streamdit.io import load_model, save_model_directory
 from streamdit.model import StreamDiT, build_dit
 from streamdit.model.flops import count_flops
 from training.checkpoint import CheckpointFacts, load_checkpoint, save_checkpoint
-from training.config import RunConfig
 from training.data import Batch, BatchLoader, BatchOrder, LatentDataset, sample_generator
 from training.ema import ExponentialMovingAverage, gather_float32
 from training.engine import World, build_engine, join_world, set_learning_rate
+from training.job import TrainJob
 from training.metrics import MetricsFile, StepMeter
 from training.objective import Objective, stack_draws
 from training.schedule import learning_rate
 from training.tracking import Tracker
 from training.validation import validate
-
-MakeObjective = Callable[[Any, torch.device], Objective]
-
-
-@dataclass(frozen=True)
-class TrainJob:
-    """Everything a worker needs to take part in a run.
-
-    Attributes:
-        config: how to train; its class may carry more for its objective.
-        model: shape of the transformer.
-        partition: partitions and noise schedule that the result will have been trained with.
-        sampling: how the result is sampled by default.
-        dataset: dataset directory.
-        out: directory of the run: checkpoints, metrics, and the model directory at the end.
-        make_objective: `(job, device) -> objective`; a module-level function.
-        run_name: name in MLflow.
-        parent: model directory to start from; None starts from random weights.
-        tags: MLflow tags.
-    """
-
-    config: RunConfig
-    model: DiTConfig
-    partition: PartitionConfig
-    sampling: SamplingConfig
-    dataset: str
-    out: str
-    make_objective: MakeObjective
-    run_name: str = "train"
-    parent: str | None = None
-    tags: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def model_directory(self) -> Path:
-        """Where the trained model will be."""
-        return Path(self.out) / "model"
-
-    @property
-    def metrics_path(self) -> Path:
-        """Metrics of the run, a JSON object per line."""
-        return Path(self.out) / "metrics.jsonl"
-
-    def fingerprint(self) -> str:
-        """Hash of all that decides the run's numbers: configuration, data set and parent."""
-        settings = self.config.model_dump(
-            mode="json", exclude={"launch", "tracking", "log_every", "checkpoint"}
-        )
-        shape = [self.model, self.partition, self.sampling]
-        parts = [json.dumps(settings, sort_keys=True)]
-        parts += [part.model_dump_json() for part in shape]
-        parts.append(file_sha256(Path(self.dataset) / "manifest.json"))
-        if self.parent:
-            parts.append(file_sha256(Path(self.parent) / "config.json"))
-        return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
-
-    def finished(self) -> bool:
-        """Whether the model directory is there and was made by exactly this job."""
-        path = self.model_directory / "config.json"
-        if not path.is_file():
-            return False
-        lineage = json.loads(path.read_text()).get("lineage", {})
-        return bool(lineage.get("fingerprint") == self.fingerprint())
 
 
 class Interrupted(Exception):

@@ -14,7 +14,7 @@ from streamdit.partition import PartitionMixture
 from training.data import Batch
 
 if TYPE_CHECKING:
-    from training.loop import TrainJob
+    from training.job import TrainJob
 
 Draws = dict[str, Tensor]
 """All random draws of a batch, each `[b, ...]`."""

@@ -21,7 +21,8 @@ WORKER = """
 import json, os, signal, sys
 from pathlib import Path
 from training.config import TrainConfig
-from training.loop import TrainJob, train_loop
+from training.job import TrainJob
+from training.loop import train_loop
 from training import loop
 from training.objective import make_flow_matching
 

@@ -1,0 +1,77 @@
+"""What a training run is, before anything of it has happened."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from streamdit.config import DiTConfig, PartitionConfig, SamplingConfig
+from streamdit.hashing import file_sha256
+from training.config import RunConfig
+
+MakeObjective = Callable[..., Any]
+"""`(job, device) -> training.objective.Objective`; a module-level function."""
+
+
+@dataclass(frozen=True)
+class TrainJob:
+    """Everything a worker needs to take part in a run.
+
+    Attributes:
+        config: how to train; its class may carry more for its objective.
+        model: shape of the transformer.
+        partition: partitions and noise schedule that the result will have been trained with.
+        sampling: how the result is sampled by default.
+        dataset: dataset directory.
+        out: directory of the run: checkpoints, metrics, and the model directory at the end.
+        make_objective: `(job, device) -> objective`; a module-level function.
+        run_name: name in MLflow.
+        parent: model directory to start from; None starts from random weights.
+        tags: MLflow tags.
+    """
+
+    config: RunConfig
+    model: DiTConfig
+    partition: PartitionConfig
+    sampling: SamplingConfig
+    dataset: str
+    out: str
+    make_objective: MakeObjective
+    run_name: str = "train"
+    parent: str | None = None
+    tags: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def model_directory(self) -> Path:
+        """Where the trained model will be."""
+        return Path(self.out) / "model"
+
+    @property
+    def metrics_path(self) -> Path:
+        """Metrics of the run, a JSON object per line."""
+        return Path(self.out) / "metrics.jsonl"
+
+    def fingerprint(self) -> str:
+        """Hash of all that decides the run's numbers: configuration, data set and parent."""
+        settings = self.config.model_dump(
+            mode="json", exclude={"launch", "tracking", "log_every", "checkpoint"}
+        )
+        shape = [self.model, self.partition, self.sampling]
+        parts = [json.dumps(settings, sort_keys=True)]
+        parts += [part.model_dump_json() for part in shape]
+        parts.append(file_sha256(Path(self.dataset) / "manifest.json"))
+        if self.parent:
+            parts.append(file_sha256(Path(self.parent) / "config.json"))
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+    def finished(self) -> bool:
+        """Whether the model directory is there and was made by exactly this job."""
+        path = self.model_directory / "config.json"
+        if not path.is_file():
+            return False
+        lineage = json.loads(path.read_text()).get("lineage", {})
+        return bool(lineage.get("fingerprint") == self.fingerprint())
