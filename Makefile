@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PYTEST := $(BIN)/pytest
-CHECKED := streamdit pipeline training distillation evaluation jobs configs tests
+CHECKED := streamdit pipeline training distillation evaluation jobs configs tests benchmarks
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
