@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -91,7 +92,27 @@ def _fit(job: TrainJob, own_runtime: bool) -> None:
             failure_config=FailureConfig(max_failures=launch_config.max_failures),
         ),
     )
-    trainer.fit()
+    with _interruptible():
+        trainer.fit()
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Ctrl-C ends a command of ours as it ends any other.
+
+    Ray Train takes the signal over to stop its workers, leaves the process by itself, and does not
+    give the signal back after a run that ended well.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals belong to the main thread, and Ray Train leaves them alone here
+        return
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SystemExit as stopped:
+        raise KeyboardInterrupt from stopped
+    finally:
+        signal.signal(signal.SIGINT, handler)
 
 
 def _check_resources(needed: dict[str, float], workers: int, total: dict[str, float]) -> None:
