@@ -8,7 +8,6 @@ model/
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Iterable, Mapping
@@ -310,9 +309,3 @@ class StreamPyFunc:
                 chunks.append(next(stream).frames)
             videos.append(np.concatenate(chunks)[:frames])
         return videos
-
-
-def config_json(config: StreamDiTConfig) -> dict[str, Any]:
-    """The configuration as plain JSON values."""
-    values: dict[str, Any] = json.loads(config.model_dump_json())
-    return values

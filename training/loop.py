@@ -196,7 +196,7 @@ class _Run:
             meter.add(waiting - started + waited, waited)
             last = self.step == config.steps
             if last or self.step % config.log_every == 0 or self.step == 1:
-                self._log(figures | meter.flush(config.steps - self.step))
+                self._log(figures, meter)
             if config.validation.samples and (last or self.step % config.validation.every == 0):
                 self._validate()
             stopping = stop.agreed(self.world)
@@ -206,11 +206,10 @@ class _Run:
                 raise Interrupted(f"stopped at step {self.step}; the same command continues")
             waiting = time.perf_counter()
 
-    def _step(self, batches: list[Batch]) -> dict[str, float]:
-        """One optimizer step over its micro-batches."""
+    def _step(self, batches: list[Batch]) -> dict[str, torch.Tensor]:
+        """One optimizer step over its micro-batches; its figures stay on the device."""
         config, device = self.config, self.world.device
-        rate = learning_rate(config.optimizer, self.step, config.steps)
-        set_learning_rate(self.engine, rate)
+        set_learning_rate(self.engine, learning_rate(config.optimizer, self.step, config.steps))
         sums: dict[str, list[torch.Tensor]] = {}
         for batch in batches:
             draws = stack_draws(
@@ -233,15 +232,7 @@ class _Run:
                 sums.setdefault(name, []).append(value)
         self.ema.update()
         self.step += 1
-        figures = {name: float(torch.stack(values).mean()) for name, values in sums.items()}
-        if self.world.size > 1:
-            mean = torch.tensor([figures["loss"]], dtype=torch.float64, device=device)
-            dist.all_reduce(mean)
-            figures["loss"] = float(mean / self.world.size)
-        return figures | {
-            "learning_rate": rate,
-            "gradient_norm": float(self.engine.get_global_grad_norm() or 0.0),
-        }
+        return {name: torch.stack(values).mean() for name, values in sums.items()}
 
     def _meter(self) -> StepMeter:
         model = self.job.model
@@ -255,7 +246,17 @@ class _Run:
             recompute=self.config.activation_checkpointing,
         )
 
-    def _log(self, figures: dict[str, float]) -> None:
+    def _log(self, step: dict[str, torch.Tensor], meter: StepMeter) -> None:
+        """Fetch the last step's figures, with the loss as the mean of all ranks, and record them."""
+        config = self.config
+        loss = step["loss"].double()
+        dist.all_reduce(loss)
+        figures = {name: float(value) for name, value in step.items()} | {
+            "loss": float(loss / self.world.size),
+            "learning_rate": learning_rate(config.optimizer, self.step - 1, config.steps),
+            "gradient_norm": float(self.engine.get_global_grad_norm() or 0.0),
+            **meter.flush(config.steps - self.step),
+        }
         if self.metrics is None or self.tracker is None:
             return
         epoch = self.loader.order.epoch(self.step - 1)
