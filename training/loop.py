@@ -247,7 +247,7 @@ class _Run:
         )
 
     def _log(self, step: dict[str, torch.Tensor], meter: StepMeter) -> None:
-        """Fetch the last step's figures, with the loss as the mean of all ranks, and record them."""
+        """Fetch the last step's figures, the loss as the mean of all ranks, and record them."""
         config = self.config
         loss = step["loss"].double()
         dist.all_reduce(loss)
