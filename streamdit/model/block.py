@@ -6,6 +6,7 @@ gate. Tokens travel as `[b, f, n, d]`: frames and patches apart, since time vari
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -31,11 +32,33 @@ class TextContext:
 
 
 @dataclass(frozen=True)
+class TextMemory:
+    """What a block's text attention looks at; the same for as long as a prompt is in force.
+
+    Attributes:
+        key: `[b, heads, l, d / heads]`.
+        value: same shape.
+        mask: as in :class:`TextContext`.
+    """
+
+    key: Tensor
+    value: Tensor
+    mask: Tensor | None
+
+
+@dataclass(frozen=True)
 class WindowContext:
-    """How a layer cuts the grid, and the rotary angles in that window order."""
+    """How a layer cuts the grid, and the rotary cosines and sines in that window order."""
 
     windowing: Windowing
-    angles: Tensor
+    cos: Tensor
+    sin: Tensor
+
+    @classmethod
+    def of(cls, windowing: Windowing, angles: Tensor) -> WindowContext:
+        """Context of a layer, from the angles of the whole grid `[F, H, W, head_width / 2]`."""
+        cut = windowing.split(angles[None])
+        return cls(windowing, cut.cos(), cut.sin())
 
 
 class Heads(nn.Module):
@@ -77,8 +100,8 @@ class WindowAttention(nn.Module):
         windows = context.windowing.split(grid)
         query, key, value = self.qkv(windows).chunk(3, dim=-1)
         attended = attention(
-            rotate(self.query(query), context.angles),
-            rotate(self.key(key), context.angles),
+            rotate(self.query(query), context.cos, context.sin),
+            rotate(self.key(key), context.cos, context.sin),
             value.unflatten(-1, (self.heads, -1)).transpose(1, 2),
         )
         windows = self.output(attended.transpose(1, 2).flatten(2))
@@ -97,15 +120,16 @@ class CrossAttention(nn.Module):
         self.key = Heads(config)
         self.output = nn.Linear(config.width, config.width)
 
-    def forward(self, x: Tensor, text: TextContext) -> Tensor:
-        """`[b, f, n, d]` to `[b, f, n, d]`."""
+    def remember(self, text: TextContext) -> TextMemory:
+        """Keys and values of projected text."""
         key, value = self.to_key_value(text.values).chunk(2, dim=-1)
-        attended = attention(
-            self.query(self.to_query(x.flatten(1, 2))),
-            self.key(key),
-            value.unflatten(-1, (self.heads, -1)).transpose(1, 2),
-            text.mask,
-        )
+        value = value.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        return TextMemory(self.key(key), value, text.mask)
+
+    def forward(self, x: Tensor, text: TextMemory) -> Tensor:
+        """`[b, f, n, d]` to `[b, f, n, d]`."""
+        query = self.query(self.to_query(x.flatten(1, 2)))
+        attended = attention(query, text.key, text.value, text.mask)
         output: Tensor = self.output(attended.transpose(1, 2).flatten(2))
         return output.unflatten(1, x.shape[1:3])
 
@@ -143,7 +167,18 @@ class Block(nn.Module):
         windows: WindowContext,
     ) -> Tensor:
         """Tokens `x [b, f, n, d]`, time embedding `[b, f, d]`, shared modulation or None."""
-        shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = self.modulation(time, shared)
+        signals = self.modulation(time, shared)
+        return self.transform(x, signals, self.text_attention.remember(text), windows)
+
+    def transform(
+        self, x: Tensor, signals: Sequence[Tensor], text: TextMemory, windows: WindowContext
+    ) -> Tensor:
+        """The block on tokens `x [b, f, n, d]`, given all that does not depend on them.
+
+        `signals` are shift, scale and gate of the attention, then of the feed-forward network,
+        each broadcasting over `[b, f, n, d]`. They and `text` hold for many steps of a stream.
+        """
+        shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = signals
         dtype = x.dtype
         branch = modulate(self.attention_norm(x), shift_a, scale_a).to(dtype)
         x = (x + gate_a * self.attention(branch, windows)).to(dtype)

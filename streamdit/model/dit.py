@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -45,7 +47,10 @@ class OutputLayer(nn.Module):
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
         """`[b, f, n, d]` to `[b, f, n, voxels * C]`."""
-        shift, scale = self.modulation(time, None)
+        return self.project(x, *self.modulation(time, None))
+
+    def project(self, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+        """The layer, given its signals, each broadcasting over `[b, f, n, d]`."""
         output: Tensor = self.projection(modulate(self.norm(x), shift, scale).to(x.dtype))
         return output
 
@@ -115,35 +120,50 @@ class StreamDiT(nn.Module):
 
     def denoise(self, latents: Tensor, tau: Tensor, text: TextContext) -> Tensor:
         """Like :meth:`forward`, on text that is projected already."""
-        config = self.config
-        grid = self._token_grid(latents)
-        window = config.window_for(latents.shape[1], latents.shape[3], latents.shape[4])
-        angles = rotary_angles(
-            grid, config.width // config.heads, config.rope_theta, latents.device
-        )
-        contexts = []
-        for shifted in (False, True):
-            windowing = Windowing.of(grid, window, shifted)
-            contexts.append(WindowContext(windowing, windowing.split(angles[None])))
-
-        time = self.time_embedding(tau)
-        shared = None
-        if self.shared_modulation is not None:
-            shared = self.shared_modulation(nn.functional.silu(time))
-        weight = self.patch_embedding.weight
-        x = self.patch_embedding(self._patchify(latents.to(weight.dtype)))
-        if config.absolute_position:
-            x = x + sinusoidal_positions(grid, config.width, x.device).to(x.dtype)
+        contexts = self.window_contexts(latents.shape, latents.device)
+        time, shared = self.embed_time(tau)
+        x = self.embed_latents(latents)
         for index, block in enumerate(self.blocks):
             arguments = (x, time, shared, text, contexts[index % 2])
             if self.activation_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, *arguments, use_reentrant=False)
             else:
                 x = block(*arguments)
-        return self._unpatchify(self.output(x, time), grid).to(latents.dtype)
+        return self.unembed(self.output(x, time), latents)
 
-    def _token_grid(self, latents: Tensor) -> tuple[int, int, int]:
-        _, frames, _, height, width = latents.shape
+    def embed_time(self, tau: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Time embedding `[b, f, width]`, and the modulation that all blocks share, if any."""
+        time = self.time_embedding(tau)
+        if self.shared_modulation is None:
+            return time, None
+        return time, self.shared_modulation(nn.functional.silu(time))
+
+    def window_contexts(self, shape: Sequence[int], device: torch.device) -> list[WindowContext]:
+        """Contexts of even and odd blocks, for latents of `shape` `[b, f, C, h, w]`."""
+        config = self.config
+        grid = self._token_grid(shape)
+        window = config.window_for(shape[1], shape[3], shape[4])
+        angles = rotary_angles(grid, config.width // config.heads, config.rope_theta, device)
+        return [
+            WindowContext.of(Windowing.of(grid, window, shifted), angles)
+            for shifted in (False, True)
+        ]
+
+    def embed_latents(self, latents: Tensor) -> Tensor:
+        """Latents `[b, f, C, h, w]` to tokens `[b, f, n, width]` in the model's precision."""
+        weight = self.patch_embedding.weight
+        x: Tensor = self.patch_embedding(self._patchify(latents.to(weight.dtype)))
+        if self.config.absolute_position:
+            grid = self._token_grid(latents.shape)
+            x = x + sinusoidal_positions(grid, self.config.width, x.device).to(x.dtype)
+        return x
+
+    def unembed(self, voxels: Tensor, latents: Tensor) -> Tensor:
+        """Voxels per token `[b, f, n, voxels * C]` to the shape and dtype of `latents`."""
+        return self._unpatchify(voxels, self._token_grid(latents.shape)).to(latents.dtype)
+
+    def _token_grid(self, shape: Sequence[int]) -> tuple[int, int, int]:
+        _, frames, _, height, width = shape
         _, rows, columns = self.config.patch
         return (frames, height // rows, width // columns)
 

@@ -44,20 +44,21 @@ def rotary_angles(grid: Triple, head_width: int, theta: float, device: torch.dev
     return torch.cat(axes, dim=-1)
 
 
-def rotate(features: Tensor, angles: Tensor) -> Tensor:
+def rotate(features: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate neighbouring feature pairs.
 
     Args:
         features: `[n, heads, l, head_width]`; n is a multiple of the number of windows.
-        angles: `[windows, l, head_width / 2]`, in the same window order.
+        cos: cosines of the angles `[windows, l, head_width / 2]`, in the same window order.
+        sin: their sines.
 
     Returns:
         Same shape and dtype as `features`; the rotation itself is done in float32.
     """
     n, heads, length, width = features.shape
-    windows = angles.shape[0]
+    windows = cos.shape[0]
     pairs = features.float().view(n // windows, windows, heads, length, width // 2, 2)
     even, odd = pairs.unbind(-1)
-    cos, sin = angles.cos()[None, :, None], angles.sin()[None, :, None]
+    cos, sin = cos[None, :, None], sin[None, :, None]
     rotated = torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1)
     return rotated.view(n, heads, length, width).to(features.dtype)

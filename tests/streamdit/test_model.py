@@ -80,8 +80,8 @@ def test_window_attention_equals_masked_full_attention_with_wrap_around(grid, wi
     frames, rows, columns = grid
     x = torch.randn(2, frames, rows * columns, 32, dtype=torch.float64)
     windowing = Windowing.of(grid, window, shifted)
-    angles = windowing.split(rotary_angles(grid, 16, 10_000.0, torch.device("cpu"))[None])
-    result = layer(x, WindowContext(windowing, angles)).detach()
+    angles = rotary_angles(grid, 16, 10_000.0, torch.device("cpu"))
+    result = layer(x, WindowContext.of(windowing, angles)).detach()
 
     shift = [w // 2 if shifted and w < g else 0 for g, w in zip(grid, window, strict=True)]
     places = list(itertools.product(*map(range, grid)))
