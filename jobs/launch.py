@@ -16,8 +16,9 @@ from jobs.runtime import ray_runtime
 from streamdit.errors import UserError
 from training.config import RunConfig
 from training.job import TrainJob
-from training.loop import Interrupted, train_loop
+from training.loop import train_loop
 from training.metrics import format_line, read_metrics
+from training.stop import Interrupted
 from training.tracking import pinned
 
 POLL_S = 0.5

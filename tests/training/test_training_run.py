@@ -23,18 +23,18 @@ from pathlib import Path
 from training.config import TrainConfig
 from training.job import TrainJob
 from training.loop import train_loop
-from training import loop
+from training.run import Run
 from training.objective import make_flow_matching
 
 settings, dataset, out, crash_at = json.loads(sys.argv[1])
 config = TrainConfig.model_validate(settings)
 if crash_at:
-    step = loop._Run._step
+    train_step = Run._train_step
     def crashing_step(run, batches):
         if run.step == crash_at:
             os.kill(os.getpid(), signal.SIGKILL)
-        return step(run, batches)
-    loop._Run._step = crashing_step
+        return train_step(run, batches)
+    Run._train_step = crashing_step
 train_loop(
     TrainJob(
         config, config.model, config.partition, config.sampling, dataset, out, make_flow_matching

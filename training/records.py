@@ -1,0 +1,80 @@
+"""Where a run's figures go: the metrics file beside it, and MLflow."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from training.job import TrainJob
+from training.metrics import MetricsFile
+from training.tracking import Tracker
+
+
+class Records:
+    """Records of a run. The main rank keeps them; those of other ranks ignore every call.
+
+    Args:
+        job: what is recorded.
+        dataset_fingerprint: identity of the data set.
+        step: step that the run continues from.
+        run_id: MLflow run to continue, if any.
+        keep: whether this rank keeps the records.
+    """
+
+    def __init__(
+        self, job: TrainJob, dataset_fingerprint: str, step: int, run_id: str | None, keep: bool
+    ) -> None:
+        self._metrics: MetricsFile | None = None
+        self._tracker: Tracker | None = None
+        if not keep:
+            return
+        self._metrics = MetricsFile(job.metrics_path, step)
+        self._tracker = Tracker.start(
+            job.config.tracking,
+            job.run_name,
+            params=_parameters(job),
+            tags={
+                "dataset": job.dataset,
+                "dataset_fingerprint": dataset_fingerprint,
+                "fingerprint": job.fingerprint(),
+                **job.tags,
+            },
+            run_id=run_id,
+        )
+
+    @property
+    def run_id(self) -> str | None:
+        """MLflow run, on the main rank."""
+        return self._tracker.run_id if self._tracker else None
+
+    def write(self, step: int, figures: Mapping[str, float]) -> None:
+        """Record the figures of a step."""
+        if self._metrics is not None and self._tracker is not None:
+            self._metrics.write({"step": step, **figures})
+            self._tracker.log(step, figures)
+
+    def tag(self, key: str, value: str) -> None:
+        """Set a tag of the MLflow run."""
+        if self._tracker is not None:
+            self._tracker.tag(key, value)
+
+    def artifact(self, path: Path, folder: str) -> None:
+        """Copy a file or a folder into the MLflow run."""
+        if self._tracker is not None:
+            self._tracker.artifact(path, folder)
+
+    def close(self, status: str) -> None:
+        """Close the records with MLflow's name for how the run ended."""
+        if self._metrics is not None:
+            self._metrics.close()
+        if self._tracker is not None:
+            self._tracker.finish(status)
+
+
+def _parameters(job: TrainJob) -> dict[str, Any]:
+    """All settings of a run, nested."""
+    shape = {"model": job.model, "partition": job.partition, "sampling": job.sampling}
+    return job.config.model_dump(mode="json") | {
+        name: part.model_dump(mode="json") for name, part in shape.items()
+    }

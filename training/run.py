@@ -1,0 +1,189 @@
+"""The steps of a run, between the checkpoint it starts from and its last one."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from streamdit.model.flops import count_flops
+from training.checkpoint import CheckpointFacts, load_checkpoint, save_checkpoint
+from training.data import Batch, BatchLoader, BatchOrder, LatentDataset, sample_generator
+from training.ema import ExponentialMovingAverage
+from training.engine import World, set_learning_rate
+from training.job import TrainJob
+from training.metrics import StepMeter
+from training.objective import Objective, stack_draws
+from training.records import Records
+from training.schedule import learning_rate
+from training.stop import Interrupted, StopRequest
+from training.validation import validate
+
+
+class Run:
+    """State of a run: the engine, where it stands, and its records.
+
+    Args:
+        job: what to train.
+        world: this process.
+        engine: DeepSpeed engine of the student.
+        ema: its averaged weights.
+        objective: what it is trained towards.
+        dataset: clips to train on.
+    """
+
+    def __init__(
+        self,
+        job: TrainJob,
+        world: World,
+        engine: Any,
+        ema: ExponentialMovingAverage,
+        objective: Objective,
+        dataset: LatentDataset,
+    ) -> None:
+        self.job, self.config, self.world = job, job.config, world
+        self.engine, self.ema, self.objective = engine, ema, objective
+        config = self.config
+        micro_batch, _ = config.accumulation(world.size)
+        self.dataset = dataset
+        self.held_out = LatentDataset(job.dataset, "held_out")
+        if len(self.held_out):
+            self.held_out.check_fits(job.model)
+        order = BatchOrder(dataset.buckets, config.global_batch, config.seed)
+        self.loader = self._loader(dataset, order, micro_batch)
+        self.held_out_loader = self._loader(self.held_out, order, 1)
+        self.checkpoints = Path(job.out) / "checkpoints"
+        self.fingerprint = job.fingerprint()
+        facts = load_checkpoint(
+            self.checkpoints, engine, ema, world, config.zero_stage, self.fingerprint
+        )
+        self.step = facts.step if facts else 0
+        self.records = Records(
+            job,
+            dataset.manifest.fingerprint,
+            self.step,
+            facts.run_id if facts else None,
+            keep=world.is_main,
+        )
+
+    def _loader(self, dataset: LatentDataset, order: BatchOrder, micro: int) -> BatchLoader:
+        frames = self.job.model.buffer_frames
+        return BatchLoader(dataset, order, frames, self.world.rank, self.world.size, micro)
+
+    def train(self, stop: StopRequest) -> None:
+        """Steps from the current one to the last.
+
+        Raises:
+            Interrupted: after a request to stop, once a checkpoint is written.
+        """
+        config = self.config
+        meter = self._meter()
+        waiting = time.perf_counter()
+        for batches in self.loader.steps(self.step, config.steps):
+            started = time.perf_counter()
+            waited = started - waiting
+            figures = self._train_step(batches)
+            waiting = time.perf_counter()
+            meter.add(waiting - started + waited, waited)
+            last = self.step == config.steps
+            if last or self.step % config.log_every == 0 or self.step == 1:
+                self._log(figures, meter)
+            if config.validation.samples and (last or self.step % config.validation.every == 0):
+                self._validate()
+            stopping = stop.agreed()
+            if last or stopping or self.step % config.checkpoint.every == 0:
+                self._save()
+            if stopping and not last:
+                raise Interrupted(f"stopped at step {self.step}; the same command continues")
+            waiting = time.perf_counter()
+
+    def _train_step(self, batches: list[Batch]) -> dict[str, torch.Tensor]:
+        """One optimizer step over its micro-batches; its figures stay on the device."""
+        config, device = self.config, self.world.device
+        set_learning_rate(self.engine, learning_rate(config.optimizer, self.step, config.steps))
+        sums: dict[str, list[torch.Tensor]] = {}
+        for batch in batches:
+            draws = stack_draws(
+                [
+                    self.objective.draw(
+                        batch.latents.shape[1:],
+                        sample_generator(config.seed, self.step, index, "draws"),
+                    )
+                    for index in batch.sample_indices
+                ]
+            )
+            loss, metrics = self.objective(
+                self.engine,
+                batch.to(device),
+                {name: value.to(device) for name, value in draws.items()},
+            )
+            self.engine.backward(loss)
+            self.engine.step()
+            for name, value in {"loss": loss.detach(), **metrics}.items():
+                sums.setdefault(name, []).append(value)
+        self.ema.update()
+        self.step += 1
+        return {name: torch.stack(values).mean() for name, values in sums.items()}
+
+    def _meter(self) -> StepMeter:
+        model = self.job.model
+        frames, rows, columns = model.token_grid(model.buckets[0])
+        return StepMeter(
+            forward_flops=count_flops(model)["total"],
+            tokens=frames * rows * columns,
+            samples=self.config.global_batch // self.world.size,
+            world_size=self.world.size,
+            device=self.world.device,
+            recompute=self.config.activation_checkpointing,
+        )
+
+    def _log(self, step: dict[str, torch.Tensor], meter: StepMeter) -> None:
+        """Fetch the last step's figures, the loss as the mean of all ranks, and record them."""
+        config = self.config
+        loss = step["loss"].double()
+        dist.all_reduce(loss)
+        figures = {name: float(value) for name, value in step.items()} | {
+            "epoch": self.loader.order.epoch(self.step - 1),
+            "loss": float(loss / self.world.size),
+            "learning_rate": learning_rate(config.optimizer, self.step - 1, config.steps),
+            "gradient_norm": float(self.engine.get_global_grad_norm() or 0.0),
+            **meter.flush(config.steps - self.step),
+        }
+        self.records.write(self.step, figures)
+
+    def _validate(self) -> None:
+        if not len(self.held_out):
+            return
+        self.engine.eval()
+        loss = validate(
+            self.engine,
+            self.objective,
+            self.held_out,
+            self.held_out_loader,
+            self.config.validation.samples,
+            self.world,
+        )
+        self.engine.train()
+        self.records.write(self.step, {"validation_loss": loss})
+
+    def _save(self) -> None:
+        facts = CheckpointFacts(
+            step=self.step,
+            samples=self.step * self.config.global_batch,
+            world_size=self.world.size,
+            zero_stage=self.config.zero_stage,
+            fingerprint=self.fingerprint,
+            run_id=self.records.run_id,
+        )
+        folder = save_checkpoint(
+            self.checkpoints,
+            self.engine,
+            self.ema,
+            facts,
+            self.world,
+            self.config.checkpoint.keep,
+        )
+        self.records.tag("checkpoint", str(folder))
