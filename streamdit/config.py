@@ -55,11 +55,23 @@ class DiTConfig(StrictModel):
     """Hidden width of the feed-forward network."""
     modulation: Literal["zero", "single"] = "zero"
     """`zero`: every block has its own adaLN-zero projection of the time embedding. `single`: one
-    projection for all blocks plus a learned table per block (as PixArt and Wan do)."""
+    projection for all blocks plus a learned table per block and for the output (as PixArt and Wan
+    do)."""
+    time_axis: Literal["tau", "noise"] = "tau"
+    """What the time embedding is given: tau, or the noise level 1 - tau (as Wan is)."""
+    temporal_wrap: bool = True
+    """Whether shifted windows wrap around in time too, so that the newest frames of the buffer also
+    meet the oldest. Rows and columns always wrap."""
     text: dict[str, int] = Field(min_length=1)
     """Width of each text encoder's states, by the encoder's name."""
-    qk_norm: bool = True
-    """Root-mean-square normalisation of queries and keys."""
+    text_norm: bool = True
+    """Layer norm of text states before their projection."""
+    text_padding: int | None = Field(default=None, gt=0)
+    """Tokens that each encoder's states are filled up to with zeros, which are attended to like
+    text (as in Wan). None: padding is masked out, and left out where nothing is padded."""
+    qk_norm: Literal["per_head", "across_heads", "none"] = "per_head"
+    """Root-mean-square normalisation of queries and keys: of every head, of all heads together (as
+    in Wan), or none."""
     rope_theta: float = Field(default=10_000.0, gt=1.0)
     """Base of the rotary frequencies."""
     absolute_position: bool = False

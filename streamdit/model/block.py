@@ -20,15 +20,8 @@ from streamdit.model.modulation import (
     modulate,
 )
 from streamdit.model.position import rotate
+from streamdit.model.text import TextContext
 from streamdit.model.windows import Windowing
-
-
-@dataclass(frozen=True)
-class TextContext:
-    """Projected text: `values [b, l, d]`, and `mask [b, 1, 1, l]` bool, None if all are real."""
-
-    values: Tensor
-    mask: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -62,19 +55,21 @@ class WindowContext:
 
 
 class Heads(nn.Module):
-    """Queries or keys: split into heads and, if the configuration says so, normalised."""
+    """Queries or keys: split into heads and normalised as the configuration says."""
 
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
         self.heads = config.heads
-        head_width = config.width // config.heads
-        self.norm: nn.Module = (
-            Float32RMSNorm(head_width, eps=1e-6) if config.qk_norm else nn.Identity()
-        )
+        self.joint_norm: nn.Module = nn.Identity()
+        self.norm: nn.Module = nn.Identity()
+        if config.qk_norm == "across_heads":
+            self.joint_norm = Float32RMSNorm(config.width, eps=1e-6)
+        elif config.qk_norm == "per_head":
+            self.norm = Float32RMSNorm(config.width // config.heads, eps=1e-6)
 
     def forward(self, x: Tensor) -> Tensor:
         """`[n, l, d]` to `[n, heads, l, d / heads]`."""
-        heads: Tensor = self.norm(x.unflatten(-1, (self.heads, -1)))
+        heads: Tensor = self.norm(self.joint_norm(x).unflatten(-1, (self.heads, -1)))
         return heads.transpose(1, 2)
 
 
@@ -99,7 +94,7 @@ class WindowAttention(nn.Module):
         grid = x.unflatten(2, context.windowing.grid[1:])
         windows = context.windowing.split(grid)
         query, key, value = self.qkv(windows).chunk(3, dim=-1)
-        attended = attention(
+        attended = context.windowing.attend(
             rotate(self.query(query), context.cos, context.sin),
             rotate(self.key(key), context.cos, context.sin),
             value.unflatten(-1, (self.heads, -1)).transpose(1, 2),

@@ -9,30 +9,20 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from streamdit.config import DiTConfig
-from streamdit.model.block import Block, TextContext, WindowContext
+from streamdit.model.block import Block, WindowContext
 from streamdit.model.modulation import (
     Float32LayerNorm,
     Float32Linear,
     SingleModulation,
     TimeEmbedding,
     ZeroModulation,
+    build_output_modulation,
     modulate,
 )
 from streamdit.model.position import rotary_angles, sinusoidal_positions
+from streamdit.model.text import TextContext, TextProjection
 from streamdit.model.windows import Windowing
 from streamdit.text.base import TextStates
-
-
-class TextProjector(nn.Sequential):
-    """One text encoder's states to the width of the model."""
-
-    def __init__(self, text_width: int, width: int) -> None:
-        super().__init__(
-            nn.LayerNorm(text_width),
-            nn.Linear(text_width, width),
-            nn.GELU(approximate="tanh"),
-            nn.Linear(width, width),
-        )
 
 
 class OutputLayer(nn.Module):
@@ -41,7 +31,7 @@ class OutputLayer(nn.Module):
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
         voxels = config.patch[0] * config.patch[1] * config.patch[2]
-        self.modulation = ZeroModulation(config.width, signals=2)
+        self.modulation = build_output_modulation(config, signals=2)
         self.norm = Float32LayerNorm(config.width, eps=1e-6, elementwise_affine=False)
         self.projection = nn.Linear(config.width, voxels * config.latent_channels)
 
@@ -73,9 +63,7 @@ class StreamDiT(nn.Module):
         self.shared_modulation = (
             Float32Linear(config.width, 6 * config.width) if config.modulation == "single" else None
         )
-        self.text_projectors = nn.ModuleDict(
-            {name: TextProjector(width, config.width) for name, width in config.text.items()}
-        )
+        self.text = TextProjection(config)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.output = OutputLayer(config)
 
@@ -87,20 +75,14 @@ class StreamDiT(nn.Module):
                 nn.init.zeros_(module.bias)
         for module in self.modules():
             if isinstance(module, ZeroModulation | SingleModulation):
-                module.reset_parameters()
+                module.initialise(generator)
         nn.init.zeros_(self.output.projection.weight)
         return self
 
     def project_text(self, text: TextStates) -> TextContext:
         """Project and concatenate all encoders' states; may be kept for as long as a prompt is."""
-        dtype = self.patch_embedding.weight.dtype
-        values, masks = [], []
-        for name, projector in self.text_projectors.items():
-            states, mask = text[name]
-            values.append(projector(states.to(dtype)))
-            masks.append(mask)
-        mask = torch.cat(masks, dim=1)
-        return TextContext(torch.cat(values, dim=1), mask[:, None, None, :])
+        context: TextContext = self.text(text)
+        return context
 
     def forward(self, latents: Tensor, tau: Tensor, text: TextStates) -> Tensor:
         """Predict the velocity of every latent frame.
@@ -145,7 +127,7 @@ class StreamDiT(nn.Module):
         window = config.window_for(shape[1], shape[3], shape[4])
         angles = rotary_angles(grid, config.width // config.heads, config.rope_theta, device)
         return [
-            WindowContext.of(Windowing.of(grid, window, shifted), angles)
+            WindowContext.of(Windowing.of(grid, window, shifted, config.temporal_wrap), angles)
             for shifted in (False, True)
         ]
 

@@ -24,11 +24,15 @@ class Float32Linear(nn.Linear):
 
 
 class TimeEmbedding(nn.Module):
-    """Sinusoidal features of tau through a two-layer network, one vector per frame."""
+    """Sinusoidal features of time through a two-layer network, one vector per frame."""
 
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
         self.frequencies = config.time_frequencies
+        # Tau or 1 - tau is stretched to 0...1000, the range that the frequencies below resolve.
+        self.at_noise, self.slope = {"tau": (0.0, 1000.0), "noise": (1000.0, -1000.0)}[
+            config.time_axis
+        ]
         self.input = Float32Linear(config.time_frequencies, config.width)
         self.output = Float32Linear(config.width, config.width)
 
@@ -37,8 +41,7 @@ class TimeEmbedding(nn.Module):
         half = self.frequencies // 2
         steps = torch.arange(half, device=tau.device, dtype=torch.float32)
         rates = torch.exp(-math.log(10_000.0) * steps / half)
-        # Tau is stretched to 0...1000, the range that these frequencies resolve.
-        angles = 1000.0 * tau.float()[..., None] * rates
+        angles = (self.at_noise + self.slope * tau.float()[..., None]) * rates
         features = torch.cat([angles.cos(), angles.sin()], dim=-1)
         return self.output(nn.functional.silu(self.input(features)))
 
@@ -51,7 +54,7 @@ class ZeroModulation(nn.Module):
         self.signals = signals
         self.projection = Float32Linear(width, signals * width)
 
-    def reset_parameters(self) -> None:
+    def initialise(self, generator: torch.Generator | None) -> None:
         """Zero, so that every block starts as the identity."""
         nn.init.zeros_(self.projection.weight)
         nn.init.zeros_(self.projection.bias)
@@ -70,22 +73,40 @@ class SingleModulation(nn.Module):
         self.signals = signals
         self.table = nn.Parameter(torch.empty(signals, width))
 
-    def reset_parameters(self) -> None:
+    def initialise(self, generator: torch.Generator | None) -> None:
         """Small random entries, as PixArt-alpha uses."""
-        nn.init.normal_(self.table, std=self.table.shape[1] ** -0.5)
+        nn.init.normal_(self.table, std=self.table.shape[1] ** -0.5, generator=generator)
 
     def forward(self, time: Tensor, shared: Tensor | None) -> tuple[Tensor, ...]:
         """`shared [b, f, signals * d]` plus the table, to `signals` tensors `[b, f, 1, d]`."""
         assert shared is not None, "adaLN-single needs the shared projection"
-        signals = shared.float().unflatten(-1, (self.signals, -1)) + self.table.float()
-        return tuple(signal.unsqueeze(2) for signal in signals.unbind(dim=2))
+        return self.add_table(shared.float().unflatten(-1, (self.signals, -1)))
+
+    def add_table(self, signals: Tensor) -> tuple[Tensor, ...]:
+        """`[b, f, signals or 1, d]` plus the table, as `signals` tensors `[b, f, 1, d]`."""
+        return (signals + self.table.float()).unsqueeze(3).unbind(dim=2)
+
+
+class TimeTableModulation(SingleModulation):
+    """adaLN-single of the output: the time embedding itself plus a learned table."""
+
+    def forward(self, time: Tensor, shared: Tensor | None) -> tuple[Tensor, ...]:
+        """`time [b, f, d]` plus the table, to `signals` tensors `[b, f, 1, d]`."""
+        return self.add_table(time.unsqueeze(2))
 
 
 def build_modulation(config: DiTConfig, signals: int) -> ZeroModulation | SingleModulation:
-    """The modulation that the configuration names."""
+    """The blocks' modulation that the configuration names."""
     if config.modulation == "zero":
         return ZeroModulation(config.width, signals)
     return SingleModulation(config.width, signals)
+
+
+def build_output_modulation(config: DiTConfig, signals: int) -> ZeroModulation | SingleModulation:
+    """The output layer's modulation that the configuration names."""
+    if config.modulation == "zero":
+        return ZeroModulation(config.width, signals)
+    return TimeTableModulation(config.width, signals)
 
 
 def modulate(normed: Tensor, shift: Tensor, scale: Tensor) -> Tensor:

@@ -10,23 +10,27 @@ from torch import Tensor
 
 from streamdit.config import TextEncoderConfig
 
+MaskedStates = tuple[Tensor, Tensor | None]
+"""Values `[b, l, d]` floating, and mask `[b, l]` bool: true where a token is real, None if all are.
+"""
 
-class TextStates(Mapping[str, tuple[Tensor, Tensor]]):
+
+class TextStates(Mapping[str, MaskedStates]):
     """Text states of a batch of prompts, by encoder name.
 
-    Each entry is `(values [b, l, d] floating, mask [b, l] bool)`; the mask is true where a token
-    is real. Encoders may have different lengths and widths, but share the batch.
+    Encoders may have different lengths and widths, but share the batch. A batch without padding has
+    no mask, since attention runs faster without one.
     """
 
-    def __init__(self, states: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+    def __init__(self, states: Mapping[str, MaskedStates]) -> None:
         for name, (values, mask) in states.items():
-            assert values.shape[:-1] == mask.shape, (
+            assert mask is None or values.shape[:-1] == mask.shape, (
                 f"{name}: values {tuple(values.shape)} and mask {tuple(mask.shape)} disagree"
             )
         assert len({values.shape[0] for values, _ in states.values()}) <= 1
         self._states = dict(states)
 
-    def __getitem__(self, name: str) -> tuple[Tensor, Tensor]:
+    def __getitem__(self, name: str) -> MaskedStates:
         return self._states[name]
 
     def __iter__(self) -> Iterator[str]:
@@ -44,7 +48,10 @@ class TextStates(Mapping[str, tuple[Tensor, Tensor]]):
         """Copy to `device`, values also to `dtype`; masks stay boolean."""
         return TextStates(
             {
-                name: (values.to(device=device, dtype=dtype), mask.to(device=device))
+                name: (
+                    values.to(device=device, dtype=dtype),
+                    None if mask is None else mask.to(device=device),
+                )
                 for name, (values, mask) in self._states.items()
             }
         )
@@ -53,7 +60,10 @@ class TextStates(Mapping[str, tuple[Tensor, Tensor]]):
         """States of the prompts `rows`, in that order (repeats allowed)."""
         index = list(rows)
         return TextStates(
-            {name: (values[index], mask[index]) for name, (values, mask) in self._states.items()}
+            {
+                name: (values[index], None if mask is None else mask[index])
+                for name, (values, mask) in self._states.items()
+            }
         )
 
     def expand(self, batch: int) -> TextStates:
@@ -69,14 +79,16 @@ class TextStates(Mapping[str, tuple[Tensor, Tensor]]):
     @staticmethod
     def concatenate(parts: Sequence[TextStates]) -> TextStates:
         """Stack batches; shorter sequences are padded with masked zeros."""
-        states: dict[str, tuple[Tensor, Tensor]] = {}
+        states: dict[str, MaskedStates] = {}
         for name in parts[0]:
             length = max(part[name][0].shape[1] for part in parts)
             padded = [pad_states(*part[name], length) for part in parts]
-            states[name] = (
-                torch.cat([values for values, _ in padded]),
-                torch.cat([mask for _, mask in padded]),
-            )
+            values = torch.cat([values for values, _ in padded])
+            if all(mask is None for _, mask in padded):
+                states[name] = (values, None)
+            else:
+                masks = [real_tokens(part, mask) for part, mask in padded]
+                states[name] = (values, torch.cat(masks))
         return TextStates(states)
 
     @staticmethod
@@ -84,15 +96,7 @@ class TextStates(Mapping[str, tuple[Tensor, Tensor]]):
         """Batch unpadded states: each sample maps encoder name to values `[l, d]`."""
         return TextStates.concatenate(
             [
-                TextStates(
-                    {
-                        name: (
-                            values.unsqueeze(0),
-                            torch.ones(1, values.shape[0], dtype=torch.bool, device=values.device),
-                        )
-                        for name, values in sample.items()
-                    }
-                )
+                TextStates({name: (values.unsqueeze(0), None) for name, values in sample.items()})
                 for sample in samples
             ]
         )
@@ -100,19 +104,29 @@ class TextStates(Mapping[str, tuple[Tensor, Tensor]]):
     def unpadded(self) -> list[dict[str, Tensor]]:
         """The inverse of :meth:`collate`: per prompt, encoder name to values `[l, d]`."""
         return [
-            {name: values[row][mask[row]] for name, (values, mask) in self._states.items()}
+            {
+                name: values[row] if mask is None else values[row][mask[row]]
+                for name, (values, mask) in self._states.items()
+            }
             for row in range(self.batch)
         ]
 
 
-def pad_states(values: Tensor, mask: Tensor, length: int) -> tuple[Tensor, Tensor]:
+def real_tokens(values: Tensor, mask: Tensor | None) -> Tensor:
+    """The mask `[b, l]` of `values [b, l, d]`, written out where there is none."""
+    if mask is not None:
+        return mask
+    return torch.ones(values.shape[:2], dtype=torch.bool, device=values.device)
+
+
+def pad_states(values: Tensor, mask: Tensor | None, length: int) -> MaskedStates:
     """Pad `values [b, l, d]` and `mask [b, l]` at the end to `length` tokens."""
     missing = length - values.shape[1]
     if missing == 0:
         return values, mask
     return (
         torch.nn.functional.pad(values, (0, 0, 0, missing)),
-        torch.nn.functional.pad(mask, (0, missing)),
+        torch.nn.functional.pad(real_tokens(values, mask), (0, missing)),
     )
 
 
@@ -144,7 +158,8 @@ class TextEncoders:
         return tuple(encoder.config for encoder in self.encoders)
 
     def encode(self, prompts: Sequence[str]) -> TextStates:
-        """States of `prompts` from every encoder."""
-        return TextStates(
+        """States of `prompts` from every encoder, padded no further than the longest needs."""
+        states = TextStates(
             {encoder.config.name: encoder.encode(prompts) for encoder in self.encoders}
         )
+        return TextStates.collate(states.unpadded())

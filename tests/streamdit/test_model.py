@@ -8,8 +8,9 @@ from pydantic import ValidationError
 
 from streamdit.config import DiTConfig
 from streamdit.model import StreamDiT, build_dit
-from streamdit.model.block import TextContext, WindowAttention, WindowContext
+from streamdit.model.block import WindowAttention, WindowContext
 from streamdit.model.position import axis_widths, rotary_angles
+from streamdit.model.text import TextContext
 from streamdit.model.windows import Windowing
 from streamdit.text import TextStates
 
@@ -64,41 +65,63 @@ def rotate_slowly(vector, place, head_width, theta):
     return out
 
 
+def wraps_in_time(i, j, shift):
+    """Whether frames i and j, of one window, lie at the two ends of the buffer."""
+    return (i < shift) != (j < shift)
+
+
+@pytest.mark.parametrize("temporal_wrap", [True, False])
 @pytest.mark.parametrize("shifted", [False, True])
+@pytest.mark.parametrize("qk_norm", ["per_head", "across_heads", "none"])
 @pytest.mark.parametrize(
     ("grid", "window"),
     [
         ((4, 4, 6), (2, 2, 3)),
-        ((4, 4, 4), (2, 4, 2)),
+        ((6, 2, 4), (3, 2, 2)),
         ((4, 2, 6), (4, 2, 2)),
         ((2, 4, 4), (1, 4, 4)),
     ],
 )
-def test_window_attention_equals_masked_full_attention_with_wrap_around(grid, window, shifted):
-    layer = WindowAttention(config()).double()
+def test_window_attention_equals_masked_full_attention(
+    grid, window, shifted, qk_norm, temporal_wrap
+):
+    layer = WindowAttention(config(qk_norm=qk_norm)).double()
     torch.manual_seed(0)
     frames, rows, columns = grid
     x = torch.randn(2, frames, rows * columns, 32, dtype=torch.float64)
-    windowing = Windowing.of(grid, window, shifted)
+    windowing = Windowing.of(grid, window, shifted, temporal_wrap)
     angles = rotary_angles(grid, 16, 10_000.0, torch.device("cpu"))
     result = layer(x, WindowContext.of(windowing, angles)).detach()
 
     shift = [w // 2 if shifted and w < g else 0 for g, w in zip(grid, window, strict=True)]
     places = list(itertools.product(*map(range, grid)))
     allowed = torch.tensor(
-        [[same_window(a, b, grid, window, shift) for b in places] for a in places]
+        [
+            [
+                same_window(a, b, grid, window, shift)
+                and (temporal_wrap or not wraps_in_time(a[0], b[0], shift[0]))
+                for b in places
+            ]
+            for a in places
+        ]
     )
+    assert windowing.pairs == allowed.sum()
     tokens = x.reshape(2, -1, 32)
     query, key, value = layer.qkv(tokens).detach().chunk(3, dim=-1)
 
-    def normalise(head):
+    def normalise(heads):
         # Queries and keys are rotated in float32 by the layer, hence the tolerance below.
-        return head / (head.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+        return heads / (heads.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+
+    if qk_norm == "across_heads":
+        query, key = normalise(query), normalise(key)
 
     merged = torch.empty_like(tokens)
     for b, head in itertools.product(range(2), range(2)):
         part = slice(16 * head, 16 * head + 16)
-        q, k = normalise(query[b, :, part]), normalise(key[b, :, part])
+        q, k = query[b, :, part], key[b, :, part]
+        if qk_norm == "per_head":
+            q, k = normalise(q), normalise(k)
         q = torch.stack([rotate_slowly(v, p, 16, 10_000.0) for v, p in zip(q, places, strict=True)])
         k = torch.stack([rotate_slowly(v, p, 16, 10_000.0) for v, p in zip(k, places, strict=True)])
         scores = (q @ k.T / 4).masked_fill(~allowed, float("-inf"))
@@ -173,6 +196,50 @@ def test_padding_of_text_changes_nothing():
     torch.testing.assert_close(model(latents, tau, states), model(latents, tau, padded))
 
 
+def test_text_without_padding_has_no_mask_and_the_same_velocity():
+    model = randomised(StreamDiT(config())).double()
+    latents, tau = torch.randn(2, 4, 3, 8, 12).double(), torch.rand(2, 4)
+    values, _ = text()["t"]
+    plain = TextStates({"t": (values, None)})
+    masked = TextStates({"t": (values, torch.ones(2, 4, dtype=torch.bool))})
+    assert model.project_text(plain).mask is None
+    assert model.project_text(masked).mask.shape == (2, 1, 1, 4)
+    torch.testing.assert_close(model(latents, tau, plain), model(latents, tau, masked))
+
+
+def test_one_encoder_with_padding_gives_all_a_mask():
+    model = StreamDiT(config(text={"t": 5, "u": 7}))
+    states = TextStates({**text(), "u": (torch.randn(2, 3, 7), None)})
+    mask = model.project_text(states).mask
+    assert mask[:, 0, 0].tolist() == [[True] * 3 + [False] + [True] * 3, [True] * 7]
+
+
+def test_zero_padding_is_attended_to_like_text():
+    model = randomised(StreamDiT(config(text_padding=6, text_norm=False))).double()
+    latents, tau = torch.randn(2, 4, 3, 8, 12).double(), torch.rand(2, 4)
+    values, _ = text()["t"]
+    filled = torch.zeros(2, 6, 5)
+    filled[0, :3], filled[1, :4] = values[0, :3], values[1]
+    context = model.project_text(text())
+    assert context.mask is None
+    first, last = model.text.projectors["t"][1], model.text.projectors["t"][3]
+    expected = last(torch.nn.functional.gelu(first(filled.double()), approximate="tanh"))
+    torch.testing.assert_close(context.values, expected)
+    whole = TextStates({"t": (filled, None)})
+    torch.testing.assert_close(model(latents, tau, text()), model(latents, tau, whole))
+    with pytest.raises(ValueError, match="7 tokens is longer than the 6"):
+        model.project_text(TextStates({"t": (torch.zeros(1, 7, 5), None)}))
+
+
+def test_noise_axis_of_time_is_one_minus_tau():
+    forward, backward = (
+        StreamDiT(config(time_axis=axis)).time_embedding for axis in ("tau", "noise")
+    )
+    backward.load_state_dict(forward.state_dict())
+    tau = torch.tensor([[0.0, 0.25, 0.5, 1.0]])
+    torch.testing.assert_close(backward(tau), forward(1.0 - tau))
+
+
 def test_rows_of_a_batch_do_not_depend_on_each_other():
     model = randomised(StreamDiT(config()))
     latents, tau, states = torch.randn(2, 4, 3, 8, 12), torch.rand(2, 4), text()
@@ -182,8 +249,11 @@ def test_rows_of_a_batch_do_not_depend_on_each_other():
         torch.testing.assert_close(whole[row : row + 1], alone, rtol=1e-4, atol=1e-5)
 
 
-def test_fresh_model_predicts_zero_and_every_parameter_gets_a_gradient_after_a_nudge():
-    model = build_dit(config(), seed=1)
+@pytest.mark.parametrize("modulation", ["zero", "single"])
+def test_fresh_model_predicts_zero_and_every_parameter_gets_a_gradient_after_a_nudge(modulation):
+    model = build_dit(config(modulation=modulation), seed=1)
+    again = build_dit(config(modulation=modulation), seed=1)
+    assert all(map(torch.equal, model.state_dict().values(), again.state_dict().values()))
     latents, tau, states = torch.randn(2, 4, 3, 8, 12), torch.rand(2, 4), text()
     assert torch.all(model(latents, tau, states) == 0)
     randomised(model)(latents, tau, states).square().mean().backward()
