@@ -22,13 +22,23 @@ from streamdit.flow import (
     per_frame,
 )
 from streamdit.io import load_model
-from streamdit.partition import PartitionScheme, segment_levels
+from streamdit.partition import PartitionScheme, step_levels
 from streamdit.text.base import TextStates
 from training.data import Batch
 from training.objective import Draws
 
 if TYPE_CHECKING:
     from training.job import TrainJob
+
+
+def segment_levels(
+    segments: Tensor, scheme: PartitionScheme, micro_step: int, gamma: GammaConfig
+) -> Tensor:
+    """Tau of frames that lie in `segments` (any shape, 0 = reference) at a micro step."""
+    taken = (segments - 1) * scheme.s + micro_step
+    return step_levels(
+        torch.where(segments == 0, scheme.total_steps, taken), scheme.total_steps, gamma
+    )
 
 
 @torch.no_grad()

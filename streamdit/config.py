@@ -14,6 +14,9 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 Triple = tuple[int, int, int]
 
+StartKind = Literal["text-to-video", "ramp"]
+"""How a stream fills its first buffer; see :class:`streamdit.schedule.StreamSchedule`."""
+
 FORMAT_VERSION = 1
 
 
@@ -207,6 +210,42 @@ class SamplingConfig(StrictModel):
     """Clean reference frames kept at the head, K."""
     guidance_scale: float = Field(default=1.0, ge=0.0)
     """Classifier-free guidance weight w; 1 means one evaluation per step, without guidance."""
+    start: StartKind = "text-to-video"
+    """How a stream fills its first buffer. `text-to-video`: as an ordinary video, which the model
+    must have been trained for (K = 0, c = B). `ramp`: chunk after chunk begins to walk."""
+
+    @model_validator(mode="after")
+    def _check_start(self) -> SamplingConfig:
+        if self.start == "ramp" and self.reference_frames:
+            raise ValueError(
+                f"start: ramp makes no references, but reference_frames is "
+                f"{self.reference_frames}; use start: text-to-video"
+            )
+        return self
+
+
+class DistilledScheme(StrictModel):
+    """A scheme (with s = 1) that a model was distilled for."""
+
+    chunk_frames: int = Field(gt=0)
+    """Latent frames emitted at once, c."""
+    reference_frames: int = Field(default=0, ge=0)
+    """Clean reference frames, K."""
+
+
+class DistillationRecord(StrictModel):
+    """What a distilled model was distilled for, which is all that it can be asked for."""
+
+    schemes: tuple[DistilledScheme, ...] = Field(min_length=1)
+    """Schemes, each with one step per chunk (s = 1) and without guidance (w = 1)."""
+    starts: tuple[StartKind, ...] = Field(min_length=1)
+    """Ways of filling the first buffer that it was taught."""
+    teacher_sha256: str
+    """Hash of the teacher's weights."""
+    teacher_micro_steps: int = Field(gt=0)
+    """Steps per chunk of the teacher, s."""
+    teacher_guidance_scale: float = Field(ge=0)
+    """Guidance weight of the teacher, w (the mean of the segments' weights)."""
 
 
 class AutoencoderIdentity(StrictModel):
@@ -280,6 +319,8 @@ class StreamDiTConfig(StrictModel):
     """Partitions and noise schedule that it was trained with."""
     sampling: SamplingConfig
     """Default scheme and guidance."""
+    distilled: DistillationRecord | None = None
+    """What the model was distilled for; None for a model that takes any number of steps."""
     autoencoder: AutoencoderIdentity
     """Decoder of its latents."""
     text_encoders: tuple[TextEncoderConfig, ...] = Field(min_length=1)

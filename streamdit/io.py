@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
@@ -25,7 +26,10 @@ from streamdit.config import AutoencoderIdentity, SamplingConfig, StreamDiTConfi
 from streamdit.errors import UserError
 from streamdit.hashing import file_sha256
 from streamdit.model import StreamDiT
-from streamdit.partition import PartitionMixture, PartitionScheme
+from streamdit.partition import PartitionScheme
+from streamdit.schemes import check_references, check_scheme, check_start
+from streamdit.start import Guide, StreamStart, encode_frames
+from streamdit.state import load_state
 from streamdit.stream import Denoiser, Stream
 from streamdit.text.base import TextEncoders
 
@@ -160,45 +164,109 @@ class StreamingModel:
         """The scheme that a sampling configuration (default: the model's own) stands for.
 
         Raises:
-            UserError: if the scheme was not in the model's training mix.
+            UserError: if the model was not trained, or not distilled, for it.
         """
-        sampling = sampling or self.config.sampling
-        frames = self.config.model.buffer_frames
-        scheme = PartitionScheme.from_sampling(frames, sampling)
-        mixture = PartitionMixture(self.config.partition, frames)
-        if not mixture.serves(scheme):
-            raise UserError(
-                f"scheme K={scheme.K} c={scheme.c} was not in this model's training mix; choose "
-                f"one of {mixture.describe()}"
-            )
-        return scheme
+        return check_scheme(self.config, sampling or self.config.sampling)
 
     def denoiser(
         self,
         prompts: list[str],
         seeds: Iterable[int],
         sampling: SamplingConfig | None = None,
+        guide: Guide | None = None,
+        references: Tensor | None = None,
     ) -> Denoiser:
-        """A denoiser for several streams in step, one prompt and seed each, prompts set."""
+        """A denoiser for several streams in step, one prompt and seed each, prompts set.
+
+        Args:
+            prompts: one per stream.
+            seeds: one per stream.
+            sampling: scheme, guidance and start; default: the model's own.
+            guide: video that the streams follow (see :meth:`guide`).
+            references: the K latents before the stream (see :meth:`latents`), for K > 0.
+
+        Raises:
+            UserError: if the model cannot be asked for this.
+        """
         sampling = sampling or self.config.sampling
+        scheme = self.scheme(sampling)
+        if references is not None:
+            references = check_references(references, scheme)
+        else:
+            check_start(self.config, sampling)
         bucket = self.config.model.buckets[0]
         denoiser = Denoiser(
             self.model,
-            self.scheme(sampling),
+            scheme,
             (self.config.model.latent_channels, bucket.height, bucket.width),
             list(seeds),
             self.config.partition.gamma,
             sampling.guidance_scale,
             self.device,
+            StreamStart(sampling.start, guide, references),
         )
         null = self.text_encoders.encode([""]) if sampling.guidance_scale != 1.0 else None
         denoiser.set_text(self.text_encoders.encode(prompts), null)
         return denoiser
 
-    def stream(self, prompt: str, seed: int = 0, sampling: SamplingConfig | None = None) -> Stream:
-        """Start a stream; iterate it for chunks, assign its `prompt` to steer it."""
-        denoiser = self.denoiser([prompt], [seed], sampling)
-        return Stream(denoiser, self.autoencoder, self.text_encoders, prompt)
+    def stream(
+        self,
+        prompt: str,
+        seed: int = 0,
+        sampling: SamplingConfig | None = None,
+        guide: Guide | None = None,
+        history: Tensor | None = None,
+    ) -> Stream:
+        """Start a stream; iterate it for chunks, assign its `prompt` to steer it.
+
+        Args:
+            prompt: what to show.
+            seed: fixes all noise.
+            sampling: scheme, guidance and start; default: the model's own.
+            guide: video to follow (SDEdit; see :meth:`guide`).
+            history: latents of a video to continue (see :meth:`latents`); its last K frames are
+                the first references, so the scheme needs K > 0.
+        """
+        denoiser = self.denoiser([prompt], [seed], sampling, guide, history)
+        return Stream(denoiser, self.autoencoder, self.text_encoders, prompt, history)
+
+    def latents(self, frames: np.ndarray) -> Tensor:
+        """Normalised latents `[1, f, C, h, w]` of frames uint8 `[n, H, W, 3]`, fitted in size."""
+        return encode_frames(self.autoencoder, self.config.model.buckets[0], frames)
+
+    def guide(self, frames: np.ndarray, strength: float) -> Guide:
+        """A video uint8 `[n, H, W, 3]` to follow; one frame is held for a whole buffer.
+
+        Args:
+            frames: at the model's frame rate; any size.
+            strength: share of each frame's way that the model makes alone, 0...1.
+        """
+        if len(frames) == 1:
+            identity = self.autoencoder.identity
+            held = self.config.model.buffer_frames * identity.temporal_factor
+            frames = frames.repeat(held, axis=0)
+        return Guide(self.latents(frames), strength, self.config.partition.sigma_min)
+
+    def resume(self, path: Path | str) -> Stream:
+        """Continue a stream that :meth:`Stream.save` wrote, bit for bit, in this process.
+
+        Raises:
+            UserError: if the file is none, or the model does not serve its scheme.
+        """
+        state = load_state(path, self.device)
+        plan = state["denoiser"]["plan"]
+        sampling = SamplingConfig(
+            chunk_frames=plan["c"],
+            micro_steps=plan["s"],
+            reference_frames=plan["K"],
+            guidance_scale=plan["guidance_scale"],
+            start=plan["start"],
+        )
+        references = state["denoiser"]["buffer"] if plan["references_given"] else None
+        denoiser = self.denoiser([""], state["denoiser"]["seeds"], sampling, None, references)
+        stream = Stream(denoiser, self.autoencoder, self.text_encoders, state["prompt"])
+        stream.restore(state)
+        return stream
 
 
 def load(
@@ -297,8 +365,6 @@ class StreamPyFunc:
         Returns:
             One uint8 array `[frames, H, W, 3]` per prompt.
         """
-        import numpy as np
-
         params = params or {}
         frames, seed = int(params.get("frames", 32)), int(params.get("seed", 0))
         videos = []

@@ -91,6 +91,16 @@ class PartitionScheme:
         chunks = torch.arange(self.N, 0, -1).repeat_interleave(self.c)
         return torch.cat([torch.zeros(self.K, dtype=torch.long), chunks])
 
+    def positions(self, micro_step: int = 0) -> Tensor:
+        """Denoising steps, of T, that every frame has taken at `micro_step`, `[B]` int64.
+
+        The chunk in segment i has taken (i - 1) s + m; reference frames have taken all T.
+        """
+        assert 0 <= micro_step <= self.s, f"micro step {micro_step} outside 0...{self.s}"
+        segments = self.segments()
+        taken = (segments - 1) * self.s + micro_step
+        return torch.where(segments == 0, self.total_steps, taken)
+
     def levels(self, micro_step: int, gamma: GammaConfig | None = None) -> Tensor:
         """Staircase of tau at `micro_step` m = 0 ... s, `[B]` float32.
 
@@ -98,18 +108,13 @@ class PartitionScheme:
         At m = s the head chunk is clean and every other chunk stands where the chunk before it
         stood at m = 0.
         """
-        assert 0 <= micro_step <= self.s, f"micro step {micro_step} outside 0...{self.s}"
-        return segment_levels(self.segments(), self, micro_step, gamma)
+        return step_levels(self.positions(micro_step), self.total_steps, gamma)
 
 
-def segment_levels(
-    segments: Tensor, scheme: PartitionScheme, micro_step: int, gamma: GammaConfig | None = None
-) -> Tensor:
-    """Tau of frames that lie in `segments` (any shape, 0 = reference) at a micro step."""
+def step_levels(positions: Tensor, total_steps: int, gamma: GammaConfig | None = None) -> Tensor:
+    """Tau, float32, of frames that have taken `positions` (any shape) of their T steps."""
     # Whole numbers are divided last, so that levels that coincide in theory coincide in floats.
-    t = ((segments.double() - 1) * scheme.s + micro_step) / scheme.total_steps
-    t = torch.where(segments == 0, 1.0, t)
-    return apply_gamma(t, gamma or GammaConfig()).float()
+    return apply_gamma(positions.double() / total_steps, gamma or GammaConfig()).float()
 
 
 @dataclass(frozen=True)
@@ -154,6 +159,11 @@ class PartitionMixture:
     def serves(self, scheme: PartitionScheme) -> bool:
         """Whether a model trained on this mixture can be sampled with `scheme` (any s)."""
         return any((known.K, known.c) == (scheme.K, scheme.c) for known in self.schemes)
+
+    @property
+    def makes_first_video(self) -> bool:
+        """Whether ordinary text-to-video (K = 0, c = B), which begins a stream, is in the mix."""
+        return any((known.K, known.N) == (0, 1) for known in self.schemes)
 
     def describe(self) -> str:
         """The schemes of the mix, for messages."""

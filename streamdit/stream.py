@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,8 +19,11 @@ from torch import Tensor
 from streamdit.autoencoder.base import Autoencoder
 from streamdit.config import GammaConfig
 from streamdit.errors import UserError
-from streamdit.flow import VelocityFunction, euler_step, guided_velocity
+from streamdit.flow import VelocityFunction, euler_step, guided_velocity, per_frame
 from streamdit.partition import PartitionScheme
+from streamdit.schedule import StreamSchedule
+from streamdit.start import Guide, StreamStart
+from streamdit.state import load_state, save_state
 from streamdit.text.base import TextEncoders, TextStates
 
 LatentShape = tuple[int, int, int]
@@ -39,11 +43,9 @@ def frame_noise(seed: int, frame: int, shape: LatentShape) -> Tensor:
 class Denoiser:
     """Moves the buffers of b streams in step, by one Euler step per call.
 
-    A stream begins as ordinary text-to-video: all frames share one time and take the T steps of
-    the scheme, and every chunk leaves that trajectory for the queue at its own noise level
-    (arXiv:2507.03745v4, Fig. 13). From then on each s steps free the head chunk and let noise in
-    at the tail. With K = 0 the first video is needed only up to the head chunk's level, so its
-    last s steps are not taken.
+    A stream first fills its buffer, as :class:`streamdit.schedule.StreamSchedule` plans it. From
+    then on each s steps free the head chunk and let noise in at the tail. With K = 0 the first
+    video is needed only up to the head chunk's level, so its last s steps are not taken.
 
     Args:
         model: velocity function, as :class:`streamdit.model.StreamDiT`.
@@ -53,6 +55,7 @@ class Denoiser:
         gamma: noise schedule that the model was trained with.
         guidance_scale: classifier-free guidance weight w; 1 takes one evaluation per step.
         device: where the buffer lives; it is kept in float32, since Euler steps add up.
+        start: how the first buffer is filled, and what video the stream follows or continues.
     """
 
     def __init__(
@@ -64,27 +67,32 @@ class Denoiser:
         gamma: GammaConfig | None = None,
         guidance_scale: float = 1.0,
         device: torch.device | str = "cpu",
+        start: StreamStart | None = None,
     ) -> None:
+        start = start or StreamStart()
         self.model = model
         self.scheme = scheme
         self.latent_shape = latent_shape
         self.seeds = list(seeds)
         self.guidance_scale = guidance_scale
         self.device = torch.device(device)
-        uniform = PartitionScheme(K=0, N=1, c=scheme.buffer_frames, s=scheme.total_steps)
-        self._fill_levels = self._staircase(uniform, gamma)
-        self._levels = self._staircase(scheme, gamma)
-        self._fill_steps = scheme.total_steps if scheme.K else (scheme.N - 1) * scheme.s
+        self.guide = start.guide
+        self.schedule = StreamSchedule(
+            scheme, gamma, start.kind, references_given=start.references is not None
+        ).to(self.device)
         self._text: TextStates | None = None
         self._null_text: TextStates | None = None
         self._step = 0
-        self._frames_drawn = scheme.buffer_frames
-        self._buffer = self._noise(0, scheme.buffer_frames)
-        self._queue = self._buffer.clone()
-
-    def _staircase(self, scheme: PartitionScheme, gamma: GammaConfig | None) -> Tensor:
-        levels = [scheme.levels(m, gamma) for m in range(scheme.s + 1)]
-        return torch.stack(levels).to(self.device)
+        # With given references the stream's first frame comes behind them.
+        given = scheme.K if start.references is not None else 0
+        self._first_frame = -given
+        noise = self._noise(0, scheme.buffer_frames - given)
+        if start.references is not None:
+            noise = torch.cat([start.references.to(noise), noise], dim=1)
+        self._buffer = noise
+        self._queue = noise.clone()
+        self._guide_velocity = torch.zeros_like(noise)
+        self._follow(0, noise[:, given:])
 
     def _noise(self, first: int, count: int) -> Tensor:
         """Noise of frames `first` ... of every stream, `[b, count, C, h, w]`."""
@@ -98,23 +106,22 @@ class Denoiser:
 
     @property
     def filling(self) -> bool:
-        """Whether the stream is still making its first video."""
-        return self._step < self._fill_steps
+        """Whether the stream is still filling its first buffer."""
+        return self._step < self.schedule.fill_steps
 
     @property
     def buffer(self) -> Tensor:
-        """The latents under way, `[b, B, C, h, w]`; all at one level while filling."""
+        """The latents under way, `[b, B, C, h, w]`."""
         return self._buffer
+
+    @property
+    def steps_taken(self) -> int:
+        """Denoising steps since the start of the stream."""
+        return self._step
 
     def tau(self) -> Tensor:
         """Times `[B]` of the buffer's frames that the next step starts from."""
-        return self._times()[0]
-
-    def _times(self) -> tuple[Tensor, Tensor]:
-        if self.filling:
-            return self._fill_levels[self._step], self._fill_levels[self._step + 1]
-        micro_step = (self._step - self._fill_steps) % self.scheme.s
-        return self._levels[micro_step], self._levels[micro_step + 1]
+        return self.schedule.levels[self.schedule.row(self._step)]
 
     def set_text(self, text: TextStates, null_text: TextStates | None = None) -> None:
         """Prompt states of the b streams from the next step on, and of the empty prompt."""
@@ -128,45 +135,69 @@ class Denoiser:
 
         Returns:
             The latents that became clean, `[b, n, C, h, w]` normalised: the reference frames once
-            at the start (K > 0), then the head chunk (n = c) after every s steps; else None.
+            at the start (K > 0 and none given), then the head chunk (n = c) after every s steps;
+            else None.
         """
+        schedule = self.schedule
+        row = schedule.row(self._step)
+        if self.filling:
+            self._set_aside()
+        tau, next_tau = schedule.levels[row], schedule.levels[row + 1]
+        self._buffer = euler_step(self._buffer, self._velocity(row), tau, next_tau)
+        self._step += 1
+        if self._step <= schedule.fill_steps:
+            return self._finish_filling() if self._step == schedule.fill_steps else None
+        done = (self._step - schedule.fill_steps) % self.scheme.s == 0
+        return self._advance() if done else None
+
+    def _velocity(self, row: int) -> Tensor:
+        """Velocity of the buffer: the model's, the guide's for frames that still follow it."""
+        followed = self._followed(row)
+        if followed is not None and bool(followed.all()):
+            return self._guide_velocity
         assert self._text is not None, "set_text comes before the first step"
-        scheme = self.scheme
-        if self.filling and self._step % scheme.s == 0:
-            self._enqueue_chunk(segment=self._step // scheme.s + 1)
-        tau, next_tau = self._times()
-        batch_tau = tau.expand(len(self.seeds), -1)
         velocity = guided_velocity(
             self.model,
             self._buffer,
-            batch_tau,
+            self.schedule.levels[row].expand(len(self.seeds), -1),
             self._text,
             self._null_text,
             self.guidance_scale,
         )
-        self._buffer = euler_step(self._buffer, velocity, tau, next_tau)
-        self._step += 1
-        if self._step <= self._fill_steps:
-            return self._finish_filling() if self._step == self._fill_steps else None
-        done = (self._step - self._fill_steps) % scheme.s == 0
-        return self._advance() if done else None
+        if followed is None:
+            return velocity
+        mask = per_frame(followed.to(self.device))
+        return torch.where(mask, self._guide_velocity.to(velocity), velocity)
 
-    def _enqueue_chunk(self, segment: int) -> None:
-        """Keep the frames of the chunk that starts in `segment`, at their level there."""
-        scheme = self.scheme
-        start = scheme.K + (scheme.N - segment) * scheme.c
-        chunk = slice(start, start + scheme.c)
-        self._queue[:, chunk] = self._buffer[:, chunk]
+    def _followed(self, row: int) -> Tensor | None:
+        """Which frames `[B]` (on the CPU) follow the guide in this step or rest; None for none."""
+        if self.guide is None:
+            return None
+        taken, after = self.schedule.positions[row], self.schedule.positions[row + 1]
+        frames = torch.arange(self.scheme.buffer_frames) + self._first_frame
+        guided = (frames >= 0) & (frames < self.guide.latents.shape[1])
+        following = guided & (taken < self.guide.followed_steps(self.scheme.total_steps))
+        return (following | (taken == after)) if following.any() else None
+
+    def _follow(self, first: int, noise: Tensor) -> None:
+        """Take in the guide's velocities for the frames `first` ... that enter as `noise`."""
+        if self.guide is None:
+            return
+        velocity = torch.cat([self._guide_velocity, self.guide.velocity(first, noise)], dim=1)
+        self._guide_velocity = velocity[:, -self.scheme.buffer_frames :]
+
+    def _set_aside(self) -> None:
+        """Keep the frames that stand at their own level of the staircase."""
+        place = self.schedule.set_aside[self._step]
+        if place is not None:
+            frames = slice(*place)
+            self._queue[:, frames] = self._buffer[:, frames]
 
     def _finish_filling(self) -> Tensor | None:
         """The first video is done: the queue holds every chunk at its own level."""
-        scheme = self.scheme
-        if scheme.K == 0:
-            self._enqueue_chunk(segment=scheme.N)
-        else:
-            self._queue[:, : scheme.K] = self._buffer[:, : scheme.K]
+        self._set_aside()
         self._buffer = self._queue
-        return self._buffer[:, : scheme.K].clone() if scheme.K else None
+        return self._buffer[:, : self.scheme.K].clone() if self.schedule.emits_references else None
 
     def _advance(self) -> Tensor:
         """Emit the head chunk, move up by c frames, let noise in at the tail."""
@@ -176,30 +207,60 @@ class Denoiser:
             [scheme.K + scheme.c, scheme.buffer_frames - scheme.K - scheme.c], dim=1
         )
         emitted = clean[:, scheme.K :].clone()
-        noise = self._noise(self._frames_drawn, scheme.c)
-        self._frames_drawn += scheme.c
+        entering = self._first_frame + scheme.buffer_frames
+        noise = self._noise(entering, scheme.c)
+        self._first_frame += scheme.c
+        self._follow(entering, noise)
         self._buffer = torch.cat([clean[:, scheme.c :], rest, noise], dim=1)
         return emitted
 
     def state(self) -> dict[str, Any]:
         """All that changes as the stream moves, for :meth:`restore`; tensors are copies."""
         return {
+            "plan": self._plan(),
+            "seeds": list(self.seeds),
             "step": self._step,
-            "frames_drawn": self._frames_drawn,
+            "first_frame": self._first_frame,
             "buffer": self._buffer.clone(),
             "queue": self._queue.clone(),
+            "guide": vars(self.guide) if self.guide is not None else None,
+            "guide_velocity": self._guide_velocity.clone(),
             "text": self._text,
             "null_text": self._null_text,
         }
 
+    def _plan(self) -> dict[str, Any]:
+        """What fixes the course of the stream, apart from seeds and prompts."""
+        return {
+            **vars(self.scheme),
+            "guidance_scale": self.guidance_scale,
+            "start": self.schedule.start,
+            "references_given": self.schedule.references_given,
+        }
+
     def restore(self, state: dict[str, Any]) -> None:
-        """Continue exactly from a :meth:`state`."""
+        """Continue exactly from a :meth:`state` of a denoiser that was made alike.
+
+        Raises:
+            UserError: if the state is that of another scheme, guidance, start or batch.
+        """
+        theirs = {**state["plan"], "videos": len(state["seeds"])}
+        mine = {**self._plan(), "videos": len(self.seeds)}
+        for name, value in theirs.items():
+            if value != mine[name]:
+                raise UserError(
+                    f"the saved stream has {name}={value} but this one {mine[name]}; start it "
+                    "with the settings that it was saved with"
+                )
+        self.seeds = list(state["seeds"])
         self._step = state["step"]
-        self._frames_drawn = state["frames_drawn"]
-        self._buffer = state["buffer"].clone()
-        self._queue = state["queue"].clone()
-        self._text = state["text"]
-        self._null_text = state["null_text"]
+        self._first_frame = state["first_frame"]
+        self._buffer = state["buffer"].to(self.device, copy=True)
+        self._queue = state["queue"].to(self.device, copy=True)
+        self.guide = Guide(**state["guide"]) if state["guide"] is not None else None
+        self._guide_velocity = state["guide_velocity"].to(self.device, copy=True)
+        if state["text"] is not None:
+            self.set_text(state["text"], state["null_text"])
 
 
 @dataclass(frozen=True)
@@ -228,6 +289,14 @@ class Stream(Iterator[StreamChunk]):
 
     A new prompt is encoded once and conditions every step after it; chunks that are nearly clean
     by then follow it less (arXiv:2507.03745v4, Fig. 12).
+
+    Args:
+        denoiser: moves the latents of one video.
+        autoencoder: decodes them.
+        text_encoders: encode the prompts.
+        prompt: the first prompt.
+        history: latents `[1, f, C, h, w]`, normalised, that were played before the stream, for
+            the decoder to go on from without a seam.
     """
 
     def __init__(
@@ -236,6 +305,7 @@ class Stream(Iterator[StreamChunk]):
         autoencoder: Autoencoder,
         text_encoders: TextEncoders,
         prompt: str,
+        history: Tensor | None = None,
     ) -> None:
         if len(denoiser.seeds) != 1:
             raise UserError(
@@ -248,6 +318,9 @@ class Stream(Iterator[StreamChunk]):
         self.prompt_version = -1
         self._frames = 0
         self._decoder_state: Any = None
+        if history is not None:
+            self._decode(history)
+            self._frames = 0
         self.prompt = prompt
 
     @property
@@ -296,3 +369,18 @@ class Stream(Iterator[StreamChunk]):
         self._frames = state["frames"]
         self._prompt = state["prompt"]
         self.prompt_version = state["prompt_version"]
+
+    def save(self, path: Path | str) -> Path:
+        """Write :meth:`state` to a file; :meth:`StreamingModel.resume` continues from it.
+
+        The file is safetensors: numbers and text in its header, no code.
+        """
+        return save_state(self.state(), path)
+
+    def load(self, path: Path | str) -> None:
+        """Continue exactly from a file of :meth:`save`.
+
+        Raises:
+            UserError: if it is none, or that of another kind of stream.
+        """
+        self.restore(load_state(path, self.denoiser.device))

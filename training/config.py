@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from streamdit.config import DiTConfig, PartitionConfig, SamplingConfig, StrictModel
 from streamdit.errors import UserError
 from streamdit.partition import PartitionMixture, PartitionScheme
+from streamdit.schemes import cold_start_problem
 
 
 class OptimizerConfig(StrictModel):
@@ -148,4 +149,7 @@ class TrainConfig(RunConfig):
                 f"sampling with K={scheme.K} c={scheme.c} is not in the training mix "
                 f"({mixture.describe()}); add it to partition.entries or change sampling"
             )
+        problem = cold_start_problem(self.partition, frames, self.sampling)
+        if problem:
+            raise ValueError(f"the model could not start a stream: {problem}")
         return self

@@ -3,10 +3,15 @@
 import pytest
 import torch
 
-from distillation.objective import MultistepDistillation, average_velocity, teacher_rollout
+from distillation.objective import (
+    MultistepDistillation,
+    average_velocity,
+    segment_levels,
+    teacher_rollout,
+)
 from streamdit.config import GammaConfig
 from streamdit.flow import per_frame
-from streamdit.partition import PartitionScheme, segment_levels
+from streamdit.partition import PartitionScheme
 from streamdit.text import TextStates
 from training.data import Batch
 from training.objective import stack_draws
