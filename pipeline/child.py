@@ -104,7 +104,12 @@ class Child:
         self.process = subprocess.Popen(
             [sys.executable, "-m", "pipeline.child", str(handle), str(self.threads)],
             pass_fds=(handle,),
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
+            env={
+                **os.environ,
+                "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+                "OMP_NUM_THREADS": str(self.threads),
+                "OPENBLAS_NUM_THREADS": str(self.threads),
+            },
             stdin=subprocess.DEVNULL,
         )
         theirs.close()

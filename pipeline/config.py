@@ -41,14 +41,16 @@ class ClipConfig(StrictModel):
 
 
 class SceneConfig(StrictModel):
-    """How scene boundaries are found (scenedetect's detectors on one low-resolution pass)."""
+    """How scene boundaries are found, on one low-resolution pass."""
 
-    detector: Literal["adaptive", "content", "threshold"] = "adaptive"
+    detector: Literal["adaptive", "content", "threshold", "transnetv2"] = "adaptive"
     """`adaptive`: change relative to its neighbourhood, forgives camera motion. `content`: change
-    of colour above a fixed level, for hard cuts. `threshold`: fades through black."""
+    of colour above a fixed level, for hard cuts. `threshold`: fades through black (these three are
+    scenedetect's). `transnetv2`: a network that sees dissolves and wipes too and leaves their
+    frames out; several times slower on a CPU, needs the extra `transnet`."""
     threshold: float | None = Field(default=None, gt=0)
     """Level at which the detector cuts; none takes its own default (adaptive 3, content 27,
-    threshold 12)."""
+    threshold 12, transnetv2 0.5)."""
     min_content: float = Field(default=15.0, ge=0)
     """Least colour change of a cut (`adaptive` only)."""
     min_scene_s: float = Field(default=0.6, ge=0)

@@ -133,6 +133,36 @@ def to_rgb(frame: av.VideoFrame, height: int, width: int) -> np.ndarray:
     return np.ascontiguousarray(np.rot90(picture, turns)) if turns else picture
 
 
+class Thumbnails:
+    """Scales the frames of one stream down, upright and with square pixels."""
+
+    def __init__(self, stream: VideoStream, height: int) -> None:
+        """Args: `stream`, and the rows of the pictures; a video with fewer is not enlarged."""
+        from av.video.reformatter import VideoReformatter
+
+        self.stream = stream
+        self.height = height
+        self.reformatter = VideoReformatter()
+        self.size: tuple[int, int] | None = None
+
+    def picture(self, frame: av.VideoFrame) -> np.ndarray:
+        """RGB `uint8 [h, w, 3]` of `frame`; all pictures have the size of the first."""
+        import cv2
+
+        if self.size is None:
+            rows, columns = displayed_size(frame, self.stream)
+            shown = min(rows, self.height)
+            self.size = shown, max(1, round(columns * shown / rows))
+        turns = quarter_turns(frame)
+        height, width = self.size[::-1] if turns % 2 else self.size
+        # FFmpeg scales to BGR in 0.6 of the time that it takes to RGB.
+        scaled = self.reformatter.reformat(
+            frame, width=width, height=height, format="bgr24", interpolation="AREA", threads=1
+        )
+        picture = cv2.cvtColor(scaled.to_ndarray(), cv2.COLOR_BGR2RGB)
+        return np.ascontiguousarray(np.rot90(picture, turns)) if turns else picture
+
+
 def scan(uri: str, height: int, fps: float | None = None) -> Iterator[tuple[float, np.ndarray]]:
     """Decode a whole video at low resolution, in presentation order.
 
@@ -148,7 +178,7 @@ def scan(uri: str, height: int, fps: float | None = None) -> Iterator[tuple[floa
         DecodeError: if a frame has no presentation time, or there is no video.
     """
     with open_stream(uri) as (container, stream):
-        size: tuple[int, int] | None = None
+        thumbnails = Thumbnails(stream, height)
         next_time = float("-inf")
         for frame in container.decode(stream):
             time_s = frame_time_s(frame, stream)
@@ -156,10 +186,7 @@ def scan(uri: str, height: int, fps: float | None = None) -> Iterator[tuple[floa
                 continue
             if fps:
                 next_time = (time_s if next_time == float("-inf") else next_time) + 1 / fps
-            if size is None:
-                rows, columns = displayed_size(frame, stream)
-                size = min(rows, height), max(1, round(columns * min(rows, height) / rows))
-            yield time_s, to_rgb(frame, *size)
+            yield time_s, thumbnails.picture(frame)
 
 
 def sample_frames(

@@ -83,6 +83,7 @@ CLIP_SCHEMA = pa.schema(
         ("brightness", pa.float64()),
         ("black_share", pa.float64()),
         ("static_share", pa.float64()),
+        ("letterbox", pa.float64()),
         ("phash", pa.string()),
     ]
 )

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import numpy as np
 
 BLACK_LUMA = 20.0
+BORDER_LUMA = 40
 STATIC_CHANGE = 0.25
 HASH_SIDE = 32
+HASH_PICTURES = 3
+SAMPLES_PER_S = 10.0
 
 SCAN_SCORES = {
     "motion": "mean change of luma between consecutive source frames, in grey levels (0-255)",
@@ -16,53 +20,116 @@ SCAN_SCORES = {
     "brightness": "mean luma, 0-1",
     "black_share": f"share of frames with mean luma below {BLACK_LUMA:g} of 255",
     "static_share": f"share of frame pairs that change by less than {STATIC_CHANGE:g} grey levels",
+    "letterbox": "share of the picture that is black border in every frame, 0-1",
 }
 """Name and meaning of every number that the low-resolution pass gives."""
 
 
 class FrameScores:
-    """Measures frames one by one, and sums up any span of them afterwards."""
+    """Measures frames one by one, and sums up any span of them afterwards.
+
+    Luma and its change are measured on every frame; sharpness, borders and hash change slowly and
+    are measured on about ten frames a second.
+    """
 
     def __init__(self) -> None:
         self.times: list[float] = []
         self.luma: list[float] = []
-        self.laplacian: list[float] = []
         self.change: list[float] = []
+        self.sampled: list[float] = []
+        self.laplacian: list[float] = []
+        self.borders: list[tuple[float, float, float, float] | None] = []
         self.hashes: list[int] = []
         self._previous: np.ndarray | None = None
+        self._next_sample = float("-inf")
 
     def add(self, time_s: float, picture: np.ndarray) -> None:
         """Measure the next frame: its presentation time and RGB `uint8 [h, w, 3]`."""
         import cv2
 
         grey = cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY)
-        self.times.append(time_s)
-        self.luma.append(float(grey.mean()))
-        self.laplacian.append(float(cv2.Laplacian(grey, cv2.CV_32F).var()))
         previous = grey if self._previous is None else self._previous
-        self.change.append(float(cv2.absdiff(grey, previous).mean()))
-        self.hashes.append(perceptual_hash(grey))
+        self.times.append(time_s)
+        self.luma.append(cv2.mean(grey)[0])
+        self.change.append(cv2.norm(grey, previous, cv2.NORM_L1) / grey.size)
         self._previous = grey
+        if time_s + 1e-3 >= self._next_sample:
+            self._next_sample = time_s + 1 / SAMPLES_PER_S
+            self.sampled.append(time_s)
+            self.laplacian.append(laplacian_variance(grey))
+            self.borders.append(black_borders(grey))
+            self.hashes.append(perceptual_hash(grey))
 
     def summarise(self, start_s: float, end_s: float) -> dict[str, float | str]:
         """Scores of the frames shown first in `[start_s, end_s)`, see :data:`SCAN_SCORES`.
 
-        A cut lies outside: changes are counted between two frames of the span only. `phash` is
-        the perceptual hash of the middle frame, 16 hexadecimal digits.
+        A cut lies outside: changes are counted between two frames of the span only. `phash` joins
+        the perceptual hashes of three frames at 1/6, 1/2 and 5/6 of the span, 16 hexadecimal
+        digits each.
         """
-        first, last = np.searchsorted(self.times, [start_s - 1e-6, end_s - 1e-6]).tolist()
-        # A span shorter than a source frame shows the frame before it.
-        first = min(first, last - 1) if last else 0
-        span = slice(first, max(last, first + 1))
+        span = _span(self.times, start_s, end_s)
+        samples = _span(self.sampled, start_s, end_s)
         luma, change = np.array(self.luma[span]), np.array(self.change[span][1:])
         return {
             "motion": float(change.mean()) if change.size else 0.0,
-            "blur": float(np.mean(self.laplacian[span])),
+            "blur": float(np.mean(self.laplacian[samples])),
             "brightness": float(luma.mean() / 255.0),
             "black_share": float((luma < BLACK_LUMA).mean()),
             "static_share": float((change < STATIC_CHANGE).mean()) if change.size else 1.0,
-            "phash": f"{self.hashes[(span.start + span.stop - 1) // 2]:016x}",
+            "letterbox": border_share(self.borders[samples]),
+            "phash": self._phash(start_s, end_s),
         }
+
+    def _phash(self, start_s: float, end_s: float) -> str:
+        """Hashes of the sampled frames nearest to the middles of equal parts of a span."""
+        sampled = np.array(self.sampled)
+        parts = (np.arange(HASH_PICTURES) + 0.5) / HASH_PICTURES
+        nearest = [
+            int(np.abs(sampled - time_s).argmin()) for time_s in start_s + parts * (end_s - start_s)
+        ]
+        return "".join(f"{self.hashes[i]:016x}" for i in nearest)
+
+
+def _span(times: Sequence[float], start_s: float, end_s: float) -> slice:
+    """Frames shown first in `[start_s, end_s)`; a shorter span shows the frame before it."""
+    first, last = np.searchsorted(times, [start_s - 1e-6, end_s - 1e-6]).tolist()
+    first = min(first, last - 1) if last else 0
+    return slice(first, max(last, first + 1))
+
+
+def laplacian_variance(grey: np.ndarray) -> float:
+    """Variance of the Laplacian of `uint8 [h, w]`, a measure of sharpness."""
+    import cv2
+
+    _, deviation = cv2.meanStdDev(cv2.Laplacian(grey, cv2.CV_16S))
+    return float(np.ravel(deviation)[0] ** 2)
+
+
+def black_borders(grey: np.ndarray) -> tuple[float, float, float, float] | None:
+    """Shares of `uint8 [h, w]` that are black at the top, bottom, left and right.
+
+    None for a picture that is black all over, which tells nothing about borders.
+    """
+    rows = np.flatnonzero(grey.max(axis=1) >= BORDER_LUMA)
+    if not rows.size:
+        return None
+    columns = np.flatnonzero(grey.max(axis=0) >= BORDER_LUMA)
+    height, width = grey.shape
+    return (
+        float(rows[0] / height),
+        float(1 - (rows[-1] + 1) / height),
+        float(columns[0] / width),
+        float(1 - (columns[-1] + 1) / width),
+    )
+
+
+def border_share(borders: Sequence[tuple[float, float, float, float] | None]) -> float:
+    """Share of the picture that is border in all frames; 0 where all frames are black."""
+    known = [sides for sides in borders if sides is not None]
+    if not known:
+        return 0.0
+    top, bottom, left, right = np.min(known, axis=0)
+    return float(max(0.0, 1 - (1 - top - bottom) * (1 - left - right)))
 
 
 def perceptual_hash(grey: np.ndarray) -> int:
@@ -70,12 +137,26 @@ def perceptual_hash(grey: np.ndarray) -> int:
 
     Pictures that look alike differ in few bits.
     """
-    import cv2
-
-    small = cv2.resize(grey, (HASH_SIDE, HASH_SIDE), interpolation=cv2.INTER_AREA)
-    low = cv2.dct(small.astype(np.float32))[:8, :8].ravel()
+    height, width = grey.shape
+    low = (_low_frequencies(height) @ grey.astype(np.float32) @ _low_frequencies(width).T).ravel()
     bits = low > np.median(low[1:])  # the first coefficient is only the brightness
     return int.from_bytes(np.packbits(bits).tobytes(), "big")
+
+
+@functools.lru_cache(maxsize=64)
+def _low_frequencies(length: int) -> np.ndarray:
+    """Float32 `[8, length]`: averages `length` pixels into 32 areas, and takes a DCT of those.
+
+    One product with it costs a fraction of resizing and transforming the picture.
+    """
+    import cv2
+
+    edges = np.linspace(0, length, HASH_SIDE + 1)
+    pixels = np.arange(length)
+    overlap = np.minimum(edges[1:, None], pixels + 1) - np.maximum(edges[:-1, None], pixels)
+    areas = np.clip(overlap, 0, None) * HASH_SIDE / length
+    cosines = cv2.dct(np.eye(HASH_SIDE), flags=cv2.DCT_ROWS).T
+    return (cosines[:8] @ areas).astype(np.float32)
 
 
 def colourfulness(pictures: Sequence[np.ndarray]) -> float:

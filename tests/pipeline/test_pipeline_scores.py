@@ -2,7 +2,7 @@ import cv2
 import numpy as np
 import pytest
 
-from pipeline.scores import FrameScores, colourfulness, perceptual_hash
+from pipeline.scores import FrameScores, border_share, colourfulness, perceptual_hash
 
 
 def measure(pictures, start_s=0.0, end_s=100.0, fps=10.0):
@@ -56,7 +56,57 @@ def test_perceptual_hash_survives_rescaling_and_tells_pictures_apart():
     smaller = bits(cv2.resize(texture(1), (48, 48), interpolation=cv2.INTER_AREA))
     assert (base ^ smaller).bit_count() <= 4
     assert (base ^ bits(texture(2))).bit_count() >= 16
-    assert measure([grey(0, 64), texture(1), grey(0, 64)])["phash"] == f"{base:016x}"
+    other = bits(texture(2))
+    joined = measure([texture(2), texture(1), texture(2)], 0.0, 0.3)["phash"]
+    assert joined == f"{other:016x}{base:016x}{other:016x}"
+
+
+def test_perceptual_hash_is_the_sign_of_the_low_frequencies_of_the_shrunken_picture():
+    for seed, shape in enumerate([(64, 64), (180, 320), (144, 193), (90, 51), (20, 30)]):
+        picture = cv2.cvtColor(texture(seed, 200), cv2.COLOR_RGB2GRAY)[: shape[0], : shape[1]]
+        picture = cv2.resize(picture, shape[::-1])
+        areas = picture.astype(np.float64)
+        for axis, length in enumerate(shape):  # every pixel cut into 32 parts, 32 areas averaged
+            areas = np.repeat(areas, 32, axis)
+            areas = areas.reshape(*areas.shape[:axis], 32, length, *areas.shape[axis + 1 :])
+            areas = areas.mean(axis + 1)
+        low = cv2.dct(areas)[:8, :8].ravel()
+        expected = int("".join("01"[int(v > np.median(low[1:]))] for v in low), 2)
+        # A coefficient next to the median may fall on either side by rounding.
+        assert (perceptual_hash(picture) ^ expected).bit_count() <= 1
+
+
+def framed(top, bottom, left, right, rows=60, columns=100):
+    picture = np.zeros((rows, columns, 3), np.uint8)
+    picture[top : rows - bottom, left : columns - right] = (
+        texture(5, 128)[: rows - top - bottom, : columns - left - right] // 2 + 100
+    )
+    return picture
+
+
+def test_letterbox_is_the_area_that_stays_black_in_all_frames():
+    assert measure([framed(0, 0, 0, 0)])["letterbox"] == 0.0
+    bars = [framed(6, 12, 0, 0), framed(9, 12, 0, 10)]
+    assert measure(bars)["letterbox"] == pytest.approx(18 / 60)
+    pillars = measure([framed(0, 0, 20, 20)] * 3)["letterbox"]
+    assert pillars == pytest.approx(0.4)
+    window = measure([framed(15, 15, 25, 25)])["letterbox"]
+    assert window == pytest.approx(0.75)
+    assert measure([np.zeros_like(bars[0]), *bars])["letterbox"] == pytest.approx(0.3)
+    assert measure([grey(0)])["letterbox"] == 0.0
+    assert border_share([None, None]) == 0.0
+
+
+def test_slowly_changing_scores_are_sampled_and_quick_ones_measured_on_every_frame():
+    sharp, soft = texture(1), cv2.GaussianBlur(texture(1), (0, 0), 4)
+    scores = FrameScores()
+    for i in range(120):
+        scores.add(i / 60, sharp if i % 2 else soft)
+    assert len(scores.times) == 120
+    assert len(scores.sampled) == 20
+    assert np.diff(scores.sampled) == pytest.approx(0.1)
+    short = scores.summarise(1.01, 1.03)  # lies between two samples: the one before counts
+    assert short["blur"] == pytest.approx(measure([soft])["blur"])
 
 
 def test_colourfulness_follows_its_formula():
