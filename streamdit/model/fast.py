@@ -1,0 +1,239 @@
+"""The streaming step without what repeats: tables, text memories, compiled blocks, CUDA graph.
+
+Every optimisation is a switch of :class:`FastConfig`, and none changes what a step computes: the
+velocity equals the plain network's within rounding (`tests/streamdit/test_model_fast.py`).
+Only `float8` rounds more, and says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from streamdit.config import StrictModel
+from streamdit.errors import UserError
+from streamdit.model.block import Block
+from streamdit.model.dit import StreamDiT
+from streamdit.model.prepared import Signals, TextMemories
+from streamdit.model.quantise import with_float8_linears
+from streamdit.text.base import TextStates
+
+FLOAT8_CAPABILITY = (8, 9)
+"""First CUDA compute capability that multiplies in e4m3."""
+
+AttentionKernel = Literal["auto", "flash", "cudnn"]
+
+
+class FastConfig(StrictModel):
+    """Which optimisations the steps of a stream run with."""
+
+    modulation_table: bool = True
+    """Compute every scale, shift and gate of the schedule once (float32, as in the plain step)."""
+    text_memory: bool = True
+    """Project the prompt to keys and values once per prompt, not once per step."""
+    compile: bool = False
+    """Compile the blocks with `torch.compile(mode="max-autotune-no-cudagraphs")`: fuses norm,
+    modulation, rotary positions and windows. The first step takes minutes."""
+    cuda_graph: bool = False
+    """Replay the step as one CUDA graph; needs a CUDA device, and both caches above."""
+    attention: AttentionKernel = "auto"
+    """Attention kernel to prefer: PyTorch's own choice, FlashAttention, or cuDNN's."""
+    float8: bool = False
+    """Multiply in e4m3 inside the blocks (:mod:`streamdit.model.quantise`); needs a GPU of compute
+    capability 8.9 or more to be fast. Changes the velocity by a few per cent."""
+    text_tokens: int | None = Field(default=None, gt=0)
+    """Text tokens that compiled or captured steps make room for; default: the most that the text
+    encoders give. Fewer save work where prompts are short."""
+
+    @property
+    def static_text(self) -> bool:
+        """Whether text memories must keep their place and size from prompt to prompt."""
+        return self.text_memory and (self.compile or self.cuda_graph)
+
+
+class FastVelocity:
+    """Velocity of a stream's buffer at the steps of a schedule; a drop-in for the plain network.
+
+    Args:
+        model: the network, in evaluation mode; its weights must not change any more.
+        levels: times `[rows, B]` float32 that steps start from.
+        latent_shape: `(C, h, w)` of a latent frame.
+        batch: streams that move together, b.
+        guidance_scale: classifier-free guidance weight w; unless 1, prompt and empty prompt run
+            as one batch of 2 b.
+        config: which optimisations to use.
+        max_text_tokens: most text tokens that a prompt can have; needed where text memories keep
+            their size and `config.text_tokens` is not set.
+
+    Raises:
+        UserError: if the device cannot do what `config` asks for.
+    """
+
+    def __init__(
+        self,
+        model: StreamDiT,
+        levels: Tensor,
+        latent_shape: tuple[int, int, int],
+        batch: int = 1,
+        guidance_scale: float = 1.0,
+        config: FastConfig | None = None,
+        max_text_tokens: int | None = None,
+    ) -> None:
+        self.config = config = config or FastConfig()
+        device = levels.device
+        check_supported(config, device, model.patch_embedding.weight.dtype)
+        self.guidance_scale = guidance_scale
+        self._model = with_float8_linears(model) if config.float8 else model
+        self._transform: Callable[..., Tensor] = Block.transform
+        if config.compile:
+            self._transform = torch.compile(
+                Block.transform,
+                fullgraph=True,
+                dynamic=False,
+                mode="max-autotune-no-cudagraphs",
+            )
+        shape = (batch, levels.shape[1], *latent_shape)
+        with torch.no_grad():
+            self._signals = Signals(self._model, levels, config.modulation_table)
+            self._contexts = self._model.window_contexts(shape, device)
+        capacity = (config.text_tokens or max_text_tokens) if config.static_text else None
+        assert capacity or not config.static_text, "static text memories need max_text_tokens"
+        self._memories = TextMemories(self._model, capacity)
+        self._text: TextStates | None = None
+        self._graph = StepGraph(self._evaluate, shape, device) if config.cuda_graph else None
+
+    @torch.no_grad()
+    def set_text(self, text: TextStates, null_text: TextStates | None = None) -> None:
+        """Prompts of the b streams from the next step on, and the empty prompt for guidance."""
+        if self.guidance_scale != 1.0:
+            assert null_text is not None, "guidance needs the states of the empty prompt"
+            text = TextStates.concatenate([text, null_text.expand(text.batch)])
+        self._text = text
+        self._memories.set(self._model.project_text(text))
+
+    @torch.no_grad()
+    def __call__(self, latents: Tensor, row: int) -> Tensor:
+        """Velocity `[b, B, C, h, w]` of `latents` at row `row` of the levels.
+
+        The result may be overwritten by the next call.
+        """
+        assert self._text is not None, "set_text comes before the first step"
+        self._signals.select(row)
+        if not self.config.text_memory:
+            self._memories.set(self._model.project_text(self._text))
+        with preferred_attention(self.config.attention):
+            if self._graph is not None:
+                return self._graph(latents)
+            return self._evaluate(latents)
+
+    def _evaluate(self, latents: Tensor) -> Tensor:
+        if self.guidance_scale == 1.0:
+            return self._network(latents)
+        conditional, unconditional = self._network(torch.cat([latents, latents])).chunk(2)
+        return unconditional + self.guidance_scale * (conditional - unconditional)
+
+    def _network(self, latents: Tensor) -> Tensor:
+        """The network on `latents [b, f, C, h, w]`, from what is prepared."""
+        model, signals = self._model, self._signals
+        x = model.embed_latents(latents)
+        for index, block in enumerate(model.blocks):
+            # [f, 6, d] to six tensors [f, 1, d]
+            frame_signals = signals.blocks[:, index].unsqueeze(2).unbind(1)
+            memory, windows = self._memories.of_block(index), self._contexts[index % 2]
+            x = self._transform(block, x, frame_signals, memory, windows)
+        voxels = model.output.project(x, *signals.output.unsqueeze(2).unbind(1))
+        return model.unembed(voxels, latents)
+
+
+class StepGraph:
+    """A function of latents, captured as a CUDA graph at its first call and replayed since.
+
+    Whatever else the function reads must stay where it is in memory.
+    """
+
+    WARM_UP = 3
+    """Calls before the capture, in which kernels are tuned and libraries set up."""
+
+    def __init__(
+        self,
+        function: Callable[[Tensor], Tensor],
+        shape: tuple[int, ...],
+        device: torch.device,
+    ) -> None:
+        self._function = function
+        self._latents = torch.zeros(shape, device=device)
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._result: Tensor | None = None
+
+    def __call__(self, latents: Tensor) -> Tensor:
+        """The function of `latents`, in a buffer that the next call overwrites."""
+        self._latents.copy_(latents)
+        if self._graph is None:
+            self._graph = self._capture()
+        self._graph.replay()
+        assert self._result is not None
+        return self._result
+
+    def _capture(self) -> torch.cuda.CUDAGraph:
+        current, side = torch.cuda.current_stream(), torch.cuda.Stream()
+        side.wait_stream(current)
+        with torch.cuda.stream(side):
+            for _ in range(self.WARM_UP):
+                self._function(self._latents)
+        current.wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        # Other threads, such as one that encodes a prompt, may use the device meanwhile.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            self._result = self._function(self._latents)
+        return graph
+
+
+@contextmanager
+def preferred_attention(kernel: AttentionKernel) -> Iterator[None]:
+    """Let scaled dot-product attention try `kernel` first; the others remain for masked calls."""
+    if kernel == "auto":
+        yield
+        return
+    flash, cudnn = SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION
+    first = [flash, cudnn] if kernel == "flash" else [cudnn, flash]
+    with sdpa_kernel([*first, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH], set_priority=True):
+        yield
+
+
+def check_supported(config: FastConfig, device: torch.device, dtype: torch.dtype) -> None:
+    """Refuse what `device`, or weights in `dtype`, cannot do.
+
+    Raises:
+        UserError: naming the switch to turn off.
+    """
+    if config.cuda_graph and not config.text_memory:
+        raise UserError(
+            "cuda_graph replays a step whose text memories stay in place; set text_memory: true, "
+            "or cuda_graph: false"
+        )
+    for switch, wanted in (
+        ("cuda_graph", config.cuda_graph),
+        (f"attention: {config.attention}", config.attention != "auto"),
+    ):
+        if wanted and device.type != "cuda":
+            raise UserError(
+                f"{switch} needs a CUDA device, but the stream runs on {device.type}; leave it out"
+            )
+    if config.float8 and device.type == "cuda":
+        capability = torch.cuda.get_device_capability(device)
+        if capability < FLOAT8_CAPABILITY:
+            raise UserError(
+                f"float8 needs a GPU of compute capability 8.9 or more, but this one has "
+                f"{capability[0]}.{capability[1]}; leave it out"
+            )
+        if dtype != torch.bfloat16:
+            raise UserError(
+                f"float8 replaces bfloat16 layers, but the model is in {dtype}; load it with "
+                "dtype=torch.bfloat16, or leave float8 out"
+            )

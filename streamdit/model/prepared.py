@@ -1,0 +1,126 @@
+"""What the network computes from time and text alone, computed once and kept.
+
+A stream visits the same few times over and over, and its prompt changes seldom. So every scale,
+shift and gate comes from a table, and every key and value of the text from buffers that a new
+prompt overwrites in place: compiled code and captured CUDA graphs that read them stay valid.
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from streamdit.errors import UserError
+from streamdit.model.block import Block, TextContext, TextMemory
+from streamdit.model.dit import StreamDiT
+
+
+def blocks_of(model: StreamDiT) -> list[Block]:
+    """The blocks of a model, typed as such."""
+    return cast("list[Block]", list(model.blocks))
+
+
+def signals_at(model: StreamDiT, times: Tensor) -> tuple[Tensor, Tensor]:
+    """Scale, shift and gate at `times [n]`, float32.
+
+    Returns:
+        `[n, depth, 6, d]` of all blocks and `[n, 2, d]` of the output layer.
+    """
+    time, shared = model.embed_time(times[None])
+    blocks = [torch.cat(block.modulation(time, shared), dim=2)[0] for block in blocks_of(model)]
+    return torch.stack(blocks, dim=1), torch.cat(model.output.modulation(time, None), dim=2)[0]
+
+
+class Signals:
+    """Scale, shift and gate of every frame in the step at hand.
+
+    Attributes:
+        blocks: `[f, depth, 6, d]` float32, of every block.
+        output: `[f, 2, d]` float32, of the output layer.
+    """
+
+    def __init__(self, model: StreamDiT, levels: Tensor, tabulate: bool = True) -> None:
+        """Prepare for the steps of a schedule, whose times are `levels [rows, f]`.
+
+        With `tabulate` a row is kept per distinct time, which filling and staircase share; else
+        every step computes its own.
+        """
+        self._model = model
+        self._levels = levels
+        self._row: int | None = None
+        self.blocks, self.output = signals_at(model, levels[0])
+        self._table: tuple[Tensor, Tensor] | None = None
+        if tabulate:
+            times, self._index = torch.unique(levels, return_inverse=True)
+            self._table = signals_at(model, times)
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the table."""
+        return sum(table.nbytes for table in self._table or ())
+
+    def select(self, row: int) -> None:
+        """Fill the buffers for the step that starts from row `row` of the levels."""
+        if self._table is None:
+            blocks, output = signals_at(self._model, self._levels[row])
+            self.blocks.copy_(blocks)
+            self.output.copy_(output)
+        elif row != self._row:
+            blocks, output = self._table
+            torch.index_select(blocks, 0, self._index[row], out=self.blocks)
+            torch.index_select(output, 0, self._index[row], out=self.output)
+        self._row = row
+
+
+class TextMemories:
+    """Keys and values of the prompts in force, for every block's text attention.
+
+    Args:
+        model: whose text attention it is.
+        capacity: tokens that the buffers hold, for code that needs them to stay in place; what a
+            prompt does not use is masked. None: as many as the prompt has.
+    """
+
+    def __init__(self, model: StreamDiT, capacity: int | None = None) -> None:
+        self._model = model
+        self._capacity = capacity
+        self._key: Tensor | None = None
+        self._value: Tensor | None = None
+        self._mask: Tensor | None = None
+
+    def set(self, text: TextContext) -> None:
+        """Overwrite the buffers by the memories of `text`.
+
+        Raises:
+            UserError: if the prompt has more tokens than the buffers.
+        """
+        memories = [block.text_attention.remember(text) for block in blocks_of(self._model)]
+        key = torch.stack([memory.key for memory in memories])
+        value = torch.stack([memory.value for memory in memories])
+        if self._capacity is None:
+            self._key, self._value, self._mask = key, value, text.mask
+            return
+        tokens = key.shape[3]
+        if tokens > self._capacity:
+            raise UserError(
+                f"the prompt has {tokens} text tokens but the stream keeps room for "
+                f"{self._capacity}; shorten it, or raise text_tokens in the stream's FastConfig"
+            )
+        if self._key is None or self._value is None or self._mask is None:
+            room = (*key.shape[:3], self._capacity, key.shape[4])
+            self._key, self._value = key.new_zeros(room), value.new_zeros(room)
+            self._mask = torch.zeros(
+                key.shape[1], 1, 1, self._capacity, dtype=torch.bool, device=key.device
+            )
+        self._key[..., :tokens, :] = key
+        self._value[..., :tokens, :] = value
+        self._mask[..., :tokens] = True if text.mask is None else text.mask
+        self._mask[..., tokens:] = False
+
+    def of_block(self, index: int) -> TextMemory:
+        """The memory of block `index`."""
+        assert self._key is not None, "set comes before the first step"
+        assert self._value is not None
+        return TextMemory(self._key[index], self._value[index], self._mask)

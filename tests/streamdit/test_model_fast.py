@@ -1,0 +1,285 @@
+"""Every optimisation of the streaming step gives the plain network's velocity."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from streamdit.config import DiTConfig
+from streamdit.errors import UserError
+from streamdit.flow import guided_velocity
+from streamdit.model import StreamDiT
+from streamdit.model.fast import FastConfig, FastVelocity
+from streamdit.model.prepared import Signals, TextMemories
+from streamdit.model.quantise import Float8Linear, quantise_rows, with_float8_linears
+from streamdit.partition import PartitionScheme
+from streamdit.text import TextStates
+
+TOLERANCE = 1e-5
+"""Relative error in float32: the same sums, some of them in another order."""
+
+SHAPE = (3, 8, 12)
+LENGTHS = {"long": 7, "short": 2}
+CAPACITY = 12
+
+
+def model_for(modulation="zero", seed=3) -> StreamDiT:
+    config = DiTConfig.model_validate(
+        {
+            "latent_channels": SHAPE[0],
+            "buckets": [{"frames": 4, "height": 8, "width": 12, "window": [2, 2, 3]}],
+            "width": 32,
+            "depth": 3,
+            "heads": 2,
+            "ffn_width": 48,
+            "modulation": modulation,
+            "text": {"long": 5, "short": 6},
+            "time_frequencies": 16,
+        }
+    )
+    model = StreamDiT(config).eval()
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.15, generator=generator)
+    return model
+
+
+def prompt(seed, batch=1, lengths=LENGTHS, padded=False):
+    generator = torch.Generator().manual_seed(seed)
+    states = {}
+    for (name, length), width in zip(lengths.items(), (5, 6), strict=True):
+        mask = torch.ones(batch, length, dtype=torch.bool)
+        if padded:
+            mask[0, -1] = False
+        states[name] = (torch.randn(batch, length, width, generator=generator), mask)
+    return TextStates(states)
+
+
+def schedule() -> torch.Tensor:
+    """Levels of a uniform filling and of a staircase with two micro steps, `[rows, 4]`."""
+    uniform = PartitionScheme(K=0, N=1, c=4, s=4)
+    staircase = PartitionScheme(K=0, N=2, c=2, s=2)
+    rows = [uniform.levels(m) for m in range(4)] + [staircase.levels(m) for m in range(2)]
+    return torch.stack(rows)
+
+
+def relative_error(found, expected):
+    return ((found - expected).norm() / expected.norm()).item()
+
+
+SWITCHES = {
+    "rotary tables alone": FastConfig(modulation_table=False, text_memory=False),
+    "modulation table": FastConfig(text_memory=False),
+    "text memory": FastConfig(modulation_table=False),
+    "both": FastConfig(),
+}
+
+
+@pytest.mark.parametrize("switch", SWITCHES)
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+@pytest.mark.parametrize("modulation", ["zero", "single"])
+def test_each_switch_gives_the_plain_velocity_at_every_step(switch, guidance, modulation):
+    model, levels = model_for(modulation), schedule()
+    fast = FastVelocity(model, levels, SHAPE, 2, guidance, SWITCHES[switch])
+    text, null = prompt(1, batch=2, padded=True), prompt(2, lengths={"long": 3, "short": 1})
+    fast.set_text(text, null)
+    generator = torch.Generator().manual_seed(0)
+    for row in [0, 1, 2, 3, 4, 5, 4, 5]:
+        latents = torch.randn(2, 4, *SHAPE, generator=generator)
+        with torch.no_grad():
+            tau = levels[row].expand(2, -1)
+            expected = guided_velocity(model, latents, tau, text, null, guidance)
+        assert relative_error(fast(latents, row), expected) < TOLERANCE
+
+
+def test_a_new_prompt_takes_effect_at_the_next_step_whatever_its_length():
+    model, levels = model_for(), schedule()
+    latents = torch.randn(1, 4, *SHAPE)
+    fast = FastVelocity(model, levels, SHAPE)
+    for lengths in ({"long": 7, "short": 2}, {"long": 2, "short": 1}, {"long": 9, "short": 3}):
+        text = prompt(sum(lengths.values()), lengths=lengths)
+        fast.set_text(text)
+        with torch.no_grad():
+            expected = model(latents, levels[4][None], text)
+        assert relative_error(fast(latents, 4), expected) < TOLERANCE
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_memories_of_fixed_size_stay_in_place_and_mask_what_a_prompt_does_not_use(padded):
+    model, levels = model_for(), schedule()
+    latents = torch.randn(1, 4, *SHAPE)
+    fast = FastVelocity(model, levels, SHAPE)
+    fast._memories = TextMemories(model, CAPACITY)
+    places = set()
+    # A shorter prompt comes after a longer one, so that stale entries would show.
+    for seed, lengths in enumerate(({"long": 9, "short": 3}, {"long": 2, "short": 1})):
+        text = prompt(seed, lengths=lengths, padded=padded and lengths["short"] > 1)
+        fast.set_text(text)
+        memory = fast._memories.of_block(1)
+        assert memory.key.shape[2] == CAPACITY
+        places.add((memory.key.data_ptr(), memory.value.data_ptr(), memory.mask.data_ptr()))
+        with torch.no_grad():
+            expected = model(latents, levels[4][None], text)
+        assert relative_error(fast(latents, 4), expected) < TOLERANCE
+    assert len(places) == 1
+
+
+def test_a_prompt_longer_than_the_memory_is_refused_with_the_remedy():
+    memories = TextMemories(model_for(), capacity=4)
+    with pytest.raises(UserError, match=r"9 text tokens .* room for 4; .* raise text_tokens"):
+        memories.set(model_for().project_text(prompt(0)))
+
+
+def test_the_table_has_a_row_per_distinct_time_and_holds_float32():
+    model, levels = model_for().bfloat16(), schedule()
+    signals = Signals(model, levels)
+    times = levels.unique()
+    assert len(times) == 4  # filling and staircase meet the same quarters
+    blocks, output = signals._table
+    assert blocks.shape == (4, 3, 6, 32)
+    assert output.shape == (4, 2, 32)
+    assert {blocks.dtype, output.dtype} == {torch.float32}
+    assert signals.nbytes == 4 * (3 * 6 + 2) * 32 * 4
+
+
+class NoHostReads(TorchDispatchMode):
+    """Refuses every operation that would make the host wait for a device's values."""
+
+    WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "unique")
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        assert not name.startswith(self.WAITS), f"{name} reads a tensor on the host"
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_a_step_reads_no_tensor_on_the_host(guidance):
+    fast = FastVelocity(model_for(), schedule(), SHAPE, 1, guidance)
+    fast.set_text(prompt(1), prompt(2))
+    latents = torch.randn(1, 4, *SHAPE)
+    with NoHostReads():
+        for row in (0, 4, 5, 4):
+            latents = latents + 0.1 * fast(latents, row)
+    with NoHostReads(), pytest.raises(AssertionError, match="reads a tensor on the host"):
+        bool(latents.sum() > 0)
+
+
+def test_rounding_rows_to_float8_keeps_zeros_and_three_bits_of_mantissa():
+    rows = torch.randn(16, 64) * torch.logspace(-6, 6, 16)[:, None]
+    rows[3] = 0
+    rounded, scale = quantise_rows(rows)
+    error = (rounded.float() * scale - rows).abs()
+    # Half a unit in the last place of a normal number; below those, of the smallest one.
+    assert torch.all(error <= rows.abs() / 16 + scale * 2**-10)
+    assert torch.all(rounded[3].float() == 0)
+
+
+def test_float8_linear_equals_the_product_of_its_rounded_operands():
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(64, 48).bfloat16()
+    x = torch.randn(2, 5, 64).bfloat16()
+    with torch.no_grad():
+        found = Float8Linear(linear)(x).double()
+        weight, weight_scale = quantise_rows(linear.weight)
+        rows, scale = quantise_rows(x.flatten(0, 1))
+        exact = (rows.double() * scale) @ (weight.double() * weight_scale).T + linear.bias.double()
+    assert relative_error(found.flatten(0, 1), exact) < 4e-3  # the output is bf16
+
+
+def test_float8_blocks_share_the_other_weights_and_stay_within_the_stated_error():
+    """Stated: under 8 % of the velocity's norm on random weights (3 bits of mantissa are 4 %)."""
+    model, levels = model_for().bfloat16(), schedule()
+    rounded = with_float8_linears(model)
+    assert rounded.patch_embedding.weight is model.patch_embedding.weight
+    assert isinstance(rounded.blocks[0].text_attention.to_key_value, torch.nn.Linear)
+    assert isinstance(rounded.blocks[2].ffn[2], Float8Linear)
+    assert isinstance(model.blocks[2].ffn[2], torch.nn.Linear)
+    text, latents = prompt(1), torch.randn(1, 4, *SHAPE)
+    fast = FastVelocity(model, levels, SHAPE, config=FastConfig(float8=True))
+    fast.set_text(text)
+    with torch.no_grad():
+        expected = model(latents, levels[4][None], text)
+    error = relative_error(fast(latents, 4), expected)
+    assert 0 < error < 0.08
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"cuda_graph": True}, "cuda_graph needs a CUDA device, but the stream runs on cpu"),
+        ({"attention": "flash"}, "attention: flash needs a CUDA device"),
+        ({"cuda_graph": True, "text_memory": False}, "set text_memory: true, or cuda_graph: false"),
+    ],
+)
+def test_what_the_device_cannot_do_is_refused(config, message):
+    with pytest.raises(UserError, match=message):
+        FastVelocity(model_for(), schedule(), SHAPE, config=FastConfig(**config))
+
+
+@pytest.mark.slow
+def test_compiled_blocks_give_the_plain_velocity_and_are_compiled_twice_whatever_the_depth():
+    """Once for regular and once for shifted windows; a new prompt compiles nothing."""
+    from torch._dynamo.utils import counters
+
+    torch._dynamo.reset()
+    counters.clear()
+    model, levels = model_for(), schedule()
+    fast = FastVelocity(
+        model, levels, SHAPE, config=FastConfig(compile=True), max_text_tokens=CAPACITY
+    )
+    for seed, lengths in enumerate(({"long": 7, "short": 2}, {"long": 2, "short": 1})):
+        text = prompt(seed, lengths=lengths)
+        fast.set_text(text)
+        for row in (0, 4, 5):
+            latents = torch.randn(1, 4, *SHAPE)
+            with torch.no_grad():
+                expected = model(latents, levels[row][None], text)
+            assert relative_error(fast(latents, row), expected) < TOLERANCE
+    assert counters["stats"]["unique_graphs"] == 2
+
+
+GPU_SWITCHES = {
+    "graph": FastConfig(cuda_graph=True),
+    "compiled graph": FastConfig(cuda_graph=True, compile=True),
+    "compiled graph, cuDNN attention": FastConfig(cuda_graph=True, compile=True, attention="cudnn"),
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("switch", GPU_SWITCHES)
+def test_a_captured_step_gives_the_plain_velocity_without_waiting_for_the_device(switch):
+    """In bf16, within 1 %: fused code rounds in other places."""
+    model, levels = model_for().bfloat16().cuda(), schedule().cuda()
+    fast = FastVelocity(model, levels, SHAPE, 1, 3.0, GPU_SWITCHES[switch], CAPACITY)
+    null = prompt(9, lengths={"long": 3, "short": 1}).to("cuda")
+    latents = torch.randn(1, 4, *SHAPE, device="cuda")
+    for seed in (1, 2):
+        text = prompt(seed).to("cuda")
+        fast.set_text(text, null)
+        fast(latents, 0)
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            found = [fast(latents, row).clone() for row in range(len(levels))]
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        for row, velocity in enumerate(found):
+            with torch.no_grad():
+                expected = guided_velocity(model, latents, levels[row][None], text, null, 3.0)
+            assert relative_error(velocity, expected) < 0.01
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 9),
+    reason="needs a CUDA device of compute capability 8.9 or more",
+)
+def test_float8_on_the_device_equals_float8_on_the_cpu():
+    torch.manual_seed(0)
+    layer = Float8Linear(torch.nn.Linear(256, 512).bfloat16())
+    x = torch.randn(64, 256).bfloat16()
+    with torch.no_grad():
+        expected = layer(x)
+        found = layer.cuda()(x.cuda()).cpu()
+    assert relative_error(found.float(), expected.float()) < 5e-3
