@@ -58,32 +58,35 @@ def load_config(
     schema: type[T],
     *,
     stage: str,
-    preset: str,
+    preset: str | None,
     file: Path | None = None,
     overrides: Sequence[str] = (),
     sections: Sequence[str] = (),
+    more: Sequence[Layer] = (),
 ) -> T:
     """Merge preset, file and overrides, and validate the result.
 
     Args:
         schema: pydantic model of the stage's configuration.
         stage: folder of presets: ingest, autoencoder, train, distill or demo.
-        preset: name of a preset of that stage.
+        preset: name of a preset of that stage; None begins with nothing.
         file: YAML file merged over the preset; lists in it replace the preset's.
         overrides: `dotted.key=value` each, the value in YAML (`lr=1e-4`, `sizes=[1, 2]`,
             `buckets.0.frames=16`).
         sections: stages whose preset of the same name becomes the value of the key named like
             the stage, for a schema that holds several stages.
+        more: further values over the preset, under the file.
 
     Raises:
         UserError: for anything wrong with any of them, in one line.
     """
-    layers = [Layer(f"preset {preset}", _read_preset(stage, preset))]
+    layers = [Layer(f"preset {preset}", read_preset(stage, preset))] if preset else []
     for section in sections:
-        values = OmegaConf.create({section: _read_preset(section, preset)})
+        values = OmegaConf.create({section: read_preset(section, preset)})
         layers.append(Layer(f"preset {preset} of {section}", values))
+    layers += more
     if file is not None:
-        layers.append(Layer(str(file), _read_yaml(file)))
+        layers.append(Layer(str(file), read_yaml(file)))
     merged = OmegaConf.merge(*(layer.values for layer in layers))
     assert isinstance(merged, DictConfig)
     for override in overrides:
@@ -100,7 +103,7 @@ def load_config(
         raise UserError(_describe(error, schema, layers)) from None
 
 
-def _read_preset(stage: str, preset: str) -> DictConfig:
+def read_preset(stage: str, preset: str) -> DictConfig:
     """The preset's values; a missing one is answered with the list of those that exist."""
     presets = available_presets(stage)
     if preset not in presets:
@@ -109,10 +112,10 @@ def _read_preset(stage: str, preset: str) -> DictConfig:
             f"{', '.join(presets) or '(none is installed)'}, or pass your own with --config FILE"
         )
     with resources.as_file(preset_folder(stage) / f"{preset}.yaml") as path:
-        return _read_yaml(path)
+        return read_yaml(path)
 
 
-def _read_yaml(path: Path) -> DictConfig:
+def read_yaml(path: Path) -> DictConfig:
     """Values of one YAML file, which must be a mapping."""
     try:
         values = OmegaConf.load(path)

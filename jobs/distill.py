@@ -10,8 +10,7 @@ import typer
 from distillation.config import DistillConfig
 from distillation.objective import make_objective
 from jobs.config import load_config
-from jobs.console import say
-from jobs.options import ConfigFile, Overrides, Preset
+from jobs.options import Address, ConfigFile, Dataset, Overrides, Preset, RunDirectory
 from jobs.train import check_dataset
 from streamdit.config import PartitionConfig, PartitionEntry, SamplingConfig
 from streamdit.errors import UserError
@@ -21,36 +20,30 @@ from training.job import TrainJob
 
 
 def command(
-    dataset: Annotated[
-        Path, typer.Argument(metavar="DATASET", help="Dataset directory from `streamdit ingest`.")
-    ],
+    dataset: Dataset,
     overrides: Overrides = None,
     teacher: Annotated[
         Path,
         typer.Option("--teacher", metavar="MODEL_DIR", help="Model directory of the teacher."),
     ] = Path("runs/train/model"),
-    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Directory of the run.")] = Path(
-        "runs/distill"
-    ),
+    out: RunDirectory = Path("runs/distill"),
     preset: Preset = "default",
     config: ConfigFile = None,
-    address: Annotated[
-        str | None, typer.Option("--address", metavar="ADDRESS", help="Ray cluster; default: here.")
-    ] = None,
+    address: Address = None,
 ) -> None:
     """Distil a trained model: many guided steps per chunk become one step without guidance.
 
     The student starts from the teacher and learns the average velocity of the teacher's guided
     walk across each noise segment. The student's model directory is OUT/model.
     """
-    from jobs.launch import launch
+    from jobs.launch import launch, say_once
 
     settings = load_config(
         DistillConfig, stage="distill", preset=preset, file=config, overrides=overrides or ()
     )
     model_directory = launch(distillation_job(settings, dataset, teacher, out), address)
-    say(f"model: {model_directory}")
-    say(f"next: streamdit register {model_directory} --name NAME --alias ALIAS")
+    say_once(f"model: {model_directory}")
+    say_once(f"next: streamdit register {model_directory} --name NAME --alias ALIAS")
 
 
 def distillation_job(

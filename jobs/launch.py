@@ -38,15 +38,26 @@ def launch(job: TrainJob, address: str | None = None) -> Path:
         int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ else job.config.launch.workers
     )
     if job.finished():
-        say(f"{job.run_name}: {job.model_directory} is finished already")
+        say_once(f"{job.run_name}: {job.model_directory} is finished already")
         return job.model_directory
     if "RANK" in os.environ:
-        with follow(job) if os.environ["RANK"] == "0" else nullcontext():
+        with follow(job) if is_main_process() else nullcontext():
             _join(job)
     else:
         with ray_runtime(address), follow(job):
             _fit(job, own_runtime=not (address or os.environ.get("RAY_ADDRESS")))
     return job.model_directory
+
+
+def is_main_process() -> bool:
+    """Whether this process speaks for all that torchrun or Slurm started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def say_once(message: str) -> None:
+    """Print a line, once for all workers."""
+    if is_main_process():
+        say(message)
 
 
 def _with_pinned_store(config: RunConfig) -> RunConfig:

@@ -33,6 +33,24 @@ Overrides = Annotated[
 """Trailing `dotted.key=value` arguments."""
 
 
+Dataset = Annotated[
+    Path, typer.Argument(metavar="DATASET", help="Dataset directory from `streamdit ingest`.")
+]
+"""The dataset directory that a training command reads."""
+
+RunDirectory = Annotated[
+    Path,
+    typer.Option("--out", metavar="DIR", help="Directory of the run: checkpoints, metrics, model."),
+]
+"""`--out DIR`; the command gives the default."""
+
+Address = Annotated[
+    str | None,
+    typer.Option("--address", metavar="ADDRESS", help="Ray cluster; default: this machine."),
+]
+"""`--address ADDRESS`."""
+
+
 def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     """Part `inputs` from `key=value` overrides where a command takes both.
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from jobs.config import load_config
-from jobs.console import say
-from jobs.options import ConfigFile, Overrides, Preset
+from jobs.options import Address, ConfigFile, Dataset, Overrides, RunDirectory
 from streamdit.errors import UserError
 from training.config import TrainConfig
 from training.job import TrainJob
@@ -17,22 +17,48 @@ from training.objective import make_flow_matching
 
 
 def command(
-    dataset: Annotated[
-        Path, typer.Argument(metavar="DATASET", help="Dataset directory from `streamdit ingest`.")
-    ],
+    dataset: Dataset,
     overrides: Overrides = None,
-    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Directory of the run.")] = Path(
-        "runs/train"
-    ),
+    out: RunDirectory = Path("runs/train"),
     parent: Annotated[
         Path | None,
         typer.Option("--from", metavar="MODEL_DIR", help="Model directory to start from."),
     ] = None,
-    preset: Preset = "small",
-    config: ConfigFile = None,
-    address: Annotated[
-        str | None, typer.Option("--address", metavar="ADDRESS", help="Ray cluster; default: here.")
+    preset: Annotated[
+        str | None,
+        typer.Option(
+            "--preset",
+            metavar="NAME",
+            help="Settings that ship with the package; default: small, or the recipe's own.",
+        ),
     ] = None,
+    config: ConfigFile = None,
+    recipe: Annotated[
+        str | None,
+        typer.Option(
+            "--recipe",
+            metavar="NAME|FILE.yaml",
+            help="Train in stages, each in OUT/STAGE from the model of the one before; "
+            "STAGE.KEY=VALUE then sets one stage's settings.",
+        ),
+    ] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--data",
+            metavar="NAME=DIR",
+            help="Data set that a recipe's stages call NAME; default: DATASET.",
+        ),
+    ] = None,
+    redo: Annotated[
+        str | None,
+        typer.Option(
+            "--redo",
+            metavar="STAGE",
+            help="Train this stage of the recipe and those after it again; nothing is deleted.",
+        ),
+    ] = None,
+    address: Address = None,
 ) -> None:
     """Train StreamDiT with mixed partitioning on a dataset of latents.
 
@@ -40,14 +66,42 @@ def command(
     a worker instead. The run can be interrupted: the same command continues from the newest
     checkpoint. The trained model is written to OUT/model and to the MLflow run.
     """
-    from jobs.launch import launch
+    from jobs.launch import launch, say_once
 
+    if recipe is not None:
+        from jobs.recipe import plan_stages, read_recipe, run_recipe
+
+        if config is not None:
+            raise UserError("--config does not go with --recipe; write a recipe FILE.yaml")
+        stages = plan_stages(
+            read_recipe(recipe), dataset, out, preset, overrides or (), _named(data or ())
+        )
+        model_directory = run_recipe(Path(recipe).stem, stages, out, parent, address, redo)
+        say_once(f"model: {model_directory}")
+        return
+    if data or redo:
+        raise UserError("--data and --redo speak of a recipe's stages; name it with --recipe")
     settings = load_config(
-        TrainConfig, stage="train", preset=preset, file=config, overrides=overrides or ()
+        TrainConfig,
+        stage="train",
+        preset=preset or "small",
+        file=config,
+        overrides=overrides or (),
     )
     model_directory = launch(training_job(settings, dataset, out, parent), address)
-    say(f"model: {model_directory}")
-    say(f"next: streamdit distill {dataset} --teacher {model_directory} --out DIR")
+    say_once(f"model: {model_directory}")
+    say_once(f"next: streamdit distill {dataset} --teacher {model_directory} --out DIR")
+
+
+def _named(arguments: Sequence[str]) -> dict[str, Path]:
+    """Directories by name, from `NAME=DIR` each."""
+    named = {}
+    for argument in arguments:
+        name, separator, directory = argument.partition("=")
+        if not (name and separator and directory):
+            raise UserError(f"--data {argument!r} is not of the form NAME=DIR")
+        named[name] = Path(directory)
+    return named
 
 
 def training_job(

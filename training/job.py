@@ -55,18 +55,22 @@ class TrainJob:
         """Metrics of the run, a JSON object per line."""
         return Path(self.out) / "metrics.jsonl"
 
-    def fingerprint(self) -> str:
-        """Hash of all that decides the run's numbers: configuration, data set and parent."""
+    def identity(self) -> dict[str, Any]:
+        """All that decides the run's numbers: configuration, data set and parent."""
         settings = self.config.model_dump(
             mode="json", exclude={"launch", "tracking", "log_every", "checkpoint"}
         )
-        shape = [self.model, self.partition, self.sampling]
-        parts = [json.dumps(settings, sort_keys=True)]
-        parts += [part.model_dump_json() for part in shape]
-        parts.append(file_sha256(Path(self.dataset) / "manifest.json"))
+        for name in ("model", "partition", "sampling"):
+            settings[name] = getattr(self, name).model_dump(mode="json")
+        settings["dataset"] = file_sha256(Path(self.dataset) / "manifest.json")
         if self.parent:
-            parts.append(file_sha256(Path(self.parent) / "config.json"))
-        return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+            settings["parent"] = file_sha256(Path(self.parent) / "config.json")
+        return settings
+
+    def fingerprint(self) -> str:
+        """Hash of :meth:`identity`."""
+        text = json.dumps(self.identity(), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def finished(self) -> bool:
         """Whether the model directory is there and was made by exactly this job."""
