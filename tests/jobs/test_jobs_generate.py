@@ -3,13 +3,16 @@
 import numpy as np
 import pytest
 from model_directory import write_model_directory
+from PIL import Image
 from typer.testing import CliRunner
 
 import streamdit
-from evaluation.sheets import read_video
+from evaluation.sheets import read_video, write_video
 from jobs.cli import app
 from jobs.generate import PromptChange, parse_prompt, stream_frames
+from jobs.sources import read_source
 from streamdit.errors import UserError
+from streamdit.stream import to_uint8
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +38,7 @@ def test_generated_file_has_the_asked_frames_and_size(model_dir, tmp_path):
 
 def test_scheme_outside_the_training_mix_is_refused_with_the_list(model_dir, tmp_path):
     result = run(
-        *("generate", model_dir, "--prompt", "x", "--chunk-frames", 3, "--out", tmp_path / "v.mp4")
+        *("generate", model_dir, "--prompt", "x", "--scheme", "c=3", "--out", tmp_path / "v.mp4")
     )
     assert result.exit_code == 2
     assert "chunk_frames 3 does not divide" in result.output
@@ -44,7 +47,8 @@ def test_scheme_outside_the_training_mix_is_refused_with_the_list(model_dir, tmp
 
 
 @pytest.mark.parametrize(
-    ("option", "value"), [("--chunk-frames", 0), ("--micro-steps", -1), ("--guidance", -1)]
+    ("option", "value"),
+    [("--scheme", "c=0"), ("--scheme", "q=1"), ("--guidance", -1), ("--start", "jump")],
 )
 def test_impossible_numbers_are_usage_errors(model_dir, option, value):
     result = run("generate", model_dir, "--prompt", "x", option, value)
@@ -81,11 +85,59 @@ def test_prompt_changes_take_hold_at_their_frame(model_dir):
 
 
 def test_later_prompts_must_say_when_they_begin():
-    assert parse_prompt("a circle", first=True) == PromptChange(0, "a circle")
-    assert parse_prompt("64: a square", first=False) == PromptChange(64, "a square")
-    assert parse_prompt("note: a square", first=True) == PromptChange(0, "note: a square")
-    with pytest.raises(UserError, match="write FRAME:PROMPT"):
-        parse_prompt("a square", first=False)
+    assert parse_prompt("a circle", 16, first=True) == PromptChange(0, "a circle")
+    assert parse_prompt("64: a square", 16, first=False) == PromptChange(64, "a square")
+    assert parse_prompt("2.5s: a square", 16, first=False) == PromptChange(40, "a square")
+    assert parse_prompt("note: a square", 16, first=True) == PromptChange(0, "note: a square")
+    for text in ("a square", "2.5: a square"):
+        with pytest.raises(UserError, match="write FRAME:PROMPT or SECONDSs:PROMPT"):
+            parse_prompt(text, 16, first=False)
+
+
+def source_video(path, frames=40, size=48):
+    rows = np.arange(size, dtype=np.uint8)[None, :, None, None] * 4
+    shift = np.arange(frames, dtype=np.uint8)[:, None, None, None] * 3
+    pictures = np.broadcast_to(rows + shift, (frames, size, size, 3))
+    return write_video(path, np.ascontiguousarray(pictures), 16.0)
+
+
+def test_video_at_strength_zero_is_what_the_autoencoder_makes_of_it(model_dir, tmp_path):
+    source, out = source_video(tmp_path / "in.mp4"), tmp_path / "out.mp4"
+    result = run(
+        *("generate", model_dir, "--prompt", "x", "--video", source, "--strength", 0),
+        *("--frames", 16, "--out", out),
+    )
+    assert result.exit_code == 0, result.output
+    model = streamdit.load(model_dir)
+    latents = model.latents(read_source(source, model, 16))
+    expected = to_uint8(model.autoencoder.decode(model.autoencoder.denormalise(latents))[0][0])
+    same = read_video(write_video(tmp_path / "expected.mp4", expected, 16.0)).astype(float)
+    assert np.abs(read_video(out) - same).mean() < 1
+
+
+def test_image_begins_a_stream(model_dir, tmp_path):
+    picture, out = tmp_path / "in.png", tmp_path / "out.mp4"
+    Image.fromarray(np.full((40, 60, 3), 90, np.uint8)).save(picture)
+    options = ("--image", picture, "--strength", 0.5, "--frames", 8, "--out", out)
+    result = run("generate", model_dir, "--prompt", "x", *options)
+    assert result.exit_code == 0, result.output
+    assert read_video(out).shape == (8, 32, 32, 3)
+
+
+def test_starts_that_contradict_or_are_no_pictures_are_one_line(model_dir, tmp_path):
+    source = source_video(tmp_path / "in.mp4")
+    (tmp_path / "no.png").write_text("no")
+    for options, message in (
+        (("--image", source, "--video", source), "give one of them"),
+        (("--strength", 0.5), "add --image FILE or --video FILE"),
+        (("--image", tmp_path / "no.png"), "cannot be read as a picture"),
+        (("--video", tmp_path / "no.png"), "cannot be read as video"),
+        (("--extend", source), "K=0 has no reference frames"),
+    ):
+        result = run("generate", model_dir, "--prompt", "x", *options)
+        assert result.exit_code == 2
+        assert message in result.output
+        assert "Traceback" not in result.output
 
 
 def test_registered_model_is_found_by_the_next_command(model_dir, tmp_path, monkeypatch):
