@@ -26,6 +26,7 @@ from streamdit.config import AutoencoderIdentity, SamplingConfig, StreamDiTConfi
 from streamdit.errors import UserError
 from streamdit.hashing import file_sha256
 from streamdit.model import StreamDiT
+from streamdit.model.fast import FastConfig
 from streamdit.partition import PartitionScheme
 from streamdit.schemes import check_references, check_scheme, check_start
 from streamdit.start import Guide, StreamStart, encode_frames
@@ -36,6 +37,9 @@ from streamdit.text.base import TextEncoders
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 AUTOENCODER_FOLDER = "autoencoder"
+
+DEFAULT_FAST = FastConfig()
+"""What costs nothing: tables of modulations and text memories, which change no result."""
 
 
 def resolve_source(source: str, base: Path) -> str:
@@ -168,6 +172,12 @@ class StreamingModel:
         """
         return check_scheme(self.config, sampling or self.config.sampling)
 
+    @property
+    def max_text_tokens(self) -> int:
+        """Most text tokens that a prompt is projected to."""
+        model, encoders = self.config.model, self.config.text_encoders
+        return sum(model.text_padding or encoder.max_tokens for encoder in encoders)
+
     def denoiser(
         self,
         prompts: list[str],
@@ -175,6 +185,7 @@ class StreamingModel:
         sampling: SamplingConfig | None = None,
         guide: Guide | None = None,
         references: Tensor | None = None,
+        fast: FastConfig | None = DEFAULT_FAST,
     ) -> Denoiser:
         """A denoiser for several streams in step, one prompt and seed each, prompts set.
 
@@ -184,6 +195,7 @@ class StreamingModel:
             sampling: scheme, guidance and start; default: the model's own.
             guide: video that the streams follow (see :meth:`guide`).
             references: the K latents before the stream (see :meth:`latents`), for K > 0.
+            fast: which optimisations the steps run with; None: the network as it is.
 
         Raises:
             UserError: if the model cannot be asked for this.
@@ -205,6 +217,8 @@ class StreamingModel:
             self.device,
             StreamStart(sampling.start, guide, references),
         )
+        if fast is not None:
+            denoiser.accelerate(fast, self.max_text_tokens)
         null = self.text_encoders.encode([""]) if sampling.guidance_scale != 1.0 else None
         denoiser.set_text(self.text_encoders.encode(prompts), null)
         return denoiser
@@ -216,6 +230,7 @@ class StreamingModel:
         sampling: SamplingConfig | None = None,
         guide: Guide | None = None,
         history: Tensor | None = None,
+        fast: FastConfig | None = DEFAULT_FAST,
     ) -> Stream:
         """Start a stream; iterate it for chunks, assign its `prompt` to steer it.
 
@@ -226,8 +241,9 @@ class StreamingModel:
             guide: video to follow (SDEdit; see :meth:`guide`).
             history: latents of a video to continue (see :meth:`latents`); its last K frames are
                 the first references, so the scheme needs K > 0.
+            fast: which optimisations the steps run with; None: the network as it is.
         """
-        denoiser = self.denoiser([prompt], [seed], sampling, guide, history)
+        denoiser = self.denoiser([prompt], [seed], sampling, guide, history, fast)
         return Stream(denoiser, self.autoencoder, self.text_encoders, prompt, history)
 
     def latents(self, frames: np.ndarray) -> Tensor:
@@ -247,7 +263,7 @@ class StreamingModel:
             frames = frames.repeat(held, axis=0)
         return Guide(self.latents(frames), strength, self.config.partition.sigma_min)
 
-    def resume(self, path: Path | str) -> Stream:
+    def resume(self, path: Path | str, fast: FastConfig | None = DEFAULT_FAST) -> Stream:
         """Continue a stream that :meth:`Stream.save` wrote, bit for bit, in this process.
 
         Raises:
@@ -263,7 +279,7 @@ class StreamingModel:
             start=plan["start"],
         )
         references = state["denoiser"]["buffer"] if plan["references_given"] else None
-        denoiser = self.denoiser([""], state["denoiser"]["seeds"], sampling, None, references)
+        denoiser = self.denoiser([""], state["denoiser"]["seeds"], sampling, None, references, fast)
         stream = Stream(denoiser, self.autoencoder, self.text_encoders, state["prompt"])
         stream.restore(state)
         return stream

@@ -19,11 +19,14 @@ from torch import Tensor
 from streamdit.autoencoder.base import Autoencoder
 from streamdit.config import GammaConfig
 from streamdit.errors import UserError
-from streamdit.flow import VelocityFunction, euler_step, guided_velocity, per_frame
+from streamdit.flow import VelocityFunction, euler_step, per_frame
+from streamdit.model import StreamDiT
+from streamdit.model.fast import FastConfig, FastVelocity
 from streamdit.partition import PartitionScheme
 from streamdit.schedule import StreamSchedule
 from streamdit.start import Guide, StreamStart
 from streamdit.state import load_state, save_state
+from streamdit.steps import PlainVelocity, StepVelocity
 from streamdit.text.base import TextEncoders, TextStates
 
 LatentShape = tuple[int, int, int]
@@ -38,6 +41,13 @@ def frame_noise(seed: int, frame: int, shape: LatentShape) -> Tensor:
     digest = hashlib.blake2b(f"{seed}:{frame}".encode(), digest_size=8).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
     return torch.randn(shape, generator=generator)
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy a fresh CPU tensor to `device` without making the host wait for what runs there."""
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 class Denoiser:
@@ -80,6 +90,7 @@ class Denoiser:
         self.schedule = StreamSchedule(
             scheme, gamma, start.kind, references_given=start.references is not None
         ).to(self.device)
+        self._velocity_at: StepVelocity = PlainVelocity(model, self.schedule.levels, guidance_scale)
         self._text: TextStates | None = None
         self._null_text: TextStates | None = None
         self._step = 0
@@ -102,7 +113,7 @@ class Denoiser:
             )
             for seed in self.seeds
         ]
-        return torch.stack(rows).to(self.device)
+        return to_device(torch.stack(rows), self.device)
 
     @property
     def filling(self) -> bool:
@@ -128,6 +139,27 @@ class Denoiser:
         assert text.batch == len(self.seeds)
         self._text = text.to(self.device)
         self._null_text = null_text.to(self.device) if null_text is not None else None
+        self._velocity_at.set_text(self._text, self._null_text)
+
+    def accelerate(self, config: FastConfig, max_text_tokens: int) -> None:
+        """Take the steps from here on as `config` says; the video stays the same within rounding.
+
+        Args:
+            config: which optimisations to use.
+            max_text_tokens: most text tokens that a prompt can have.
+        """
+        assert isinstance(self.model, StreamDiT), "only the network itself can be accelerated"
+        self._velocity_at = FastVelocity(
+            self.model,
+            self.schedule.levels,
+            self.latent_shape,
+            len(self.seeds),
+            self.guidance_scale,
+            config,
+            max_text_tokens,
+        )
+        if self._text is not None:
+            self._velocity_at.set_text(self._text, self._null_text)
 
     @torch.no_grad()
     def step(self) -> Tensor | None:
@@ -156,14 +188,7 @@ class Denoiser:
         if followed is not None and bool(followed.all()):
             return self._guide_velocity
         assert self._text is not None, "set_text comes before the first step"
-        velocity = guided_velocity(
-            self.model,
-            self._buffer,
-            self.schedule.levels[row].expand(len(self.seeds), -1),
-            self._text,
-            self._null_text,
-            self.guidance_scale,
-        )
+        velocity = self._velocity_at(self._buffer, row)
         if followed is None:
             return velocity
         mask = per_frame(followed.to(self.device))

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from no_host_reads import NoHostReads
 
 from streamdit.config import DiTConfig
 from streamdit.errors import UserError
@@ -139,17 +139,6 @@ def test_the_table_has_a_row_per_distinct_time_and_holds_float32():
     assert output.shape == (4, 2, 32)
     assert {blocks.dtype, output.dtype} == {torch.float32}
     assert signals.nbytes == 4 * (3 * 6 + 2) * 32 * 4
-
-
-class NoHostReads(TorchDispatchMode):
-    """Refuses every operation that would make the host wait for a device's values."""
-
-    WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "unique")
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        name = function.overloadpacket.__name__
-        assert not name.startswith(self.WAITS), f"{name} reads a tensor on the host"
-        return function(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0])

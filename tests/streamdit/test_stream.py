@@ -86,7 +86,10 @@ def test_two_streams_interleaved_do_not_disturb_each_other(model):
 
 def test_evaluations_per_chunk_are_counted_at_the_network(model):
     calls = []
-    hook = model.model.register_forward_hook(lambda *args: calls.append(args[1][0].shape[0]))
+    # The layer that takes in the latents runs once an evaluation, prepared or not.
+    hook = model.model.patch_embedding.register_forward_hook(
+        lambda *args: calls.append(args[1][0].shape[0])
+    )
     try:
         sampling = SamplingConfig(chunk_frames=2, micro_steps=1)
         stream = model.stream("a red circle", sampling=sampling)

@@ -104,7 +104,7 @@ def test_every_frame_takes_n_evaluations_of_a_distilled_scheme_and_a_chunk_one(m
     )
     sampling = SamplingConfig(chunk_frames=1, micro_steps=1)
     try:
-        stream = model.stream("a red circle", sampling=sampling)
+        stream = model.stream("a red circle", sampling=sampling, fast=None)
         next(stream)
         first_buffer = len(seen)
         for _ in range(8):
