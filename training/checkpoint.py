@@ -2,31 +2,47 @@
 
 checkpoints/step-00000500/
   deepspeed/           DeepSpeed's own state, all ranks
-  ema-rank00000.pt     averaged weights, per rank
-  complete.json        written last: step, samples seen, world size, run id
+  ema-rank00000.pt     averaged weights, and which parts of which parameters each rank holds
+  complete.json        written last: step, samples seen, world size, run id, size and hash of files
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from streamdit.errors import UserError
+from streamdit.hashing import file_sha256
+from training.config import CheckpointConfig
 from training.ema import ExponentialMovingAverage
 from training.engine import World
+from training.shards import SavedShards, average_file, load_resharded, save_average
+
+logger = logging.getLogger(__name__)
 
 MARKER = "complete.json"
+PREFIX = "step-"
 
 
 @dataclass(frozen=True)
 class CheckpointFacts:
-    """What a checkpoint is, readable without loading it."""
+    """What a checkpoint is, readable without loading it.
+
+    Attributes:
+        step: optimizer steps taken.
+        samples: clips seen.
+        world_size: workers that saved it.
+        zero_stage: DeepSpeed's stage.
+        fingerprint: the job's.
+        run_id: MLflow run.
+        files: bytes and SHA-256 of every file, by its path within the checkpoint.
+    """
 
     step: int
     samples: int
@@ -34,16 +50,17 @@ class CheckpointFacts:
     zero_stage: int
     fingerprint: str
     run_id: str | None
+    files: dict[str, tuple[int, str]] = field(default_factory=dict)
 
 
 def checkpoint_folder(root: Path, step: int) -> Path:
     """Folder of the checkpoint after `step` optimizer steps."""
-    return root / f"step-{step:08d}"
+    return root / f"{PREFIX}{step:08d}"
 
 
 def find_checkpoints(root: Path) -> list[Path]:
     """Complete checkpoints, newest first."""
-    return sorted((marker.parent for marker in root.glob(f"step-*/{MARKER}")), reverse=True)
+    return sorted((marker.parent for marker in root.glob(f"{PREFIX}*/{MARKER}")), reverse=True)
 
 
 def read_facts(folder: Path) -> CheckpointFacts:
@@ -57,26 +74,66 @@ def save_checkpoint(
     ema: ExponentialMovingAverage,
     facts: CheckpointFacts,
     world: World,
-    keep: int,
+    config: CheckpointConfig,
 ) -> Path:
     """Save the state of all ranks; every rank calls this."""
     folder = checkpoint_folder(root, facts.step)
     if world.is_main:
-        (folder / MARKER).unlink(missing_ok=True)
-        folder.mkdir(parents=True, exist_ok=True)
-    dist.barrier()
-    engine.save_checkpoint(str(folder), tag="deepspeed", client_state={"step": facts.step})
-    torch.save(ema.state_dict(), folder / f"ema-rank{world.rank:05d}.pt")
-    dist.barrier()
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+    world.barrier()
+    # The second key lets DeepSpeed's own tools convert the state.
+    client_state = {"step": facts.step, "universal_checkpoint_info": {}}
+    engine.save_checkpoint(str(folder), tag="deepspeed", client_state=client_state)
+    save_average(folder, ema)
+    world.barrier()
+    files = _seal(folder, world)
     if world.is_main:
         staging = folder / f"{MARKER}.tmp"
-        staging.write_text(json.dumps(asdict(facts), indent=2) + "\n")
+        staging.write_text(json.dumps(asdict(replace(facts, files=files)), indent=2) + "\n")
         staging.replace(folder / MARKER)
-        for old in find_checkpoints(root)[keep:]:
-            (old / MARKER).unlink()
-            shutil.rmtree(old)
-    dist.barrier()
+        _drop_old(root, facts.step, config)
+    world.barrier()
     return folder
+
+
+def _seal(folder: Path, world: World) -> dict[str, tuple[int, str]]:
+    """Size and hash of every file of a checkpoint, the work shared out among the ranks."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    mine = {
+        str(path.relative_to(folder)): (path.stat().st_size, file_sha256(path))
+        for path in paths[world.rank :: world.size]
+    }
+    return {name: seal for part in world.gather(mine) for name, seal in part.items()}
+
+
+def _drop_old(root: Path, step: int, config: CheckpointConfig) -> None:
+    """Keep the newest checkpoints and the milestones; also drop what never became complete."""
+    keep = set(find_checkpoints(root)[: config.keep])
+    for folder in root.glob(f"{PREFIX}*"):
+        at = int(folder.name.removeprefix(PREFIX))
+        milestone = config.keep_every and at % config.keep_every == 0
+        complete = (folder / MARKER).is_file()
+        if folder in keep or (milestone and complete):
+            continue
+        (folder / MARKER).unlink(missing_ok=True)
+        shutil.rmtree(folder)
+
+
+def find_damage(folder: Path, facts: CheckpointFacts, world: World) -> str | None:
+    """What is wrong with the files of a checkpoint, or None; every rank gets the same answer."""
+    problem = None
+    for name, (size, sha256) in sorted(facts.files.items())[world.rank :: world.size]:
+        path = folder / name
+        if not path.is_file():
+            problem = f"{name} is missing"
+        elif path.stat().st_size != size:
+            problem = f"{name} has {path.stat().st_size} bytes instead of {size}"
+        elif file_sha256(path) != sha256:
+            problem = f"the content of {name} has changed"
+        if problem:
+            break
+    return next((found for found in world.gather(problem) if found), None)
 
 
 def load_checkpoint(
@@ -87,29 +144,43 @@ def load_checkpoint(
     zero_stage: int,
     fingerprint: str,
 ) -> CheckpointFacts | None:
-    """Load the newest complete checkpoint, if there is one; every rank calls this.
+    """Load the newest undamaged checkpoint, if there is one; every rank calls this.
+
+    With the number of workers and the ZeRO stage that saved it, the state is the same to the last
+    bit; with others it is the same numbers, laid out anew.
 
     Raises:
-        UserError: if it was made with another configuration, ZeRO stage or number of workers.
+        UserError: if it was made with another configuration, or ranks see different files.
     """
-    found = find_checkpoints(root)
-    if not found:
-        return None
-    folder = found[0]
-    facts = read_facts(folder)
-    if facts.fingerprint != fingerprint:
+    folders = world.gather([path.name for path in find_checkpoints(root)])
+    if any(found != folders[0] for found in folders):
         raise UserError(
-            f"{folder} was made with another configuration or data set; use another --out, or "
-            f"remove {root} to begin again"
+            f"workers see different checkpoints in {root}; put --out on storage that all nodes "
+            "share"
         )
-    if (facts.world_size, facts.zero_stage) != (world.size, zero_stage):
-        raise UserError(
-            f"{folder} was made by {facts.world_size} workers at ZeRO stage {facts.zero_stage}, "
-            f"this run has {world.size} at stage {zero_stage}; resume with the same numbers"
-        )
-    engine.load_checkpoint(str(folder), tag="deepspeed")
-    state = torch.load(
-        folder / f"ema-rank{world.rank:05d}.pt", map_location="cpu", weights_only=True
-    )
-    ema.load_state_dict(state)
-    return facts
+    for name in folders[0]:
+        folder = root / name
+        try:
+            facts = read_facts(folder)
+            damage = find_damage(folder, facts, world)
+        except (ValueError, TypeError) as error:
+            damage = f"{MARKER} cannot be read ({error})"
+        if damage:
+            if world.is_main:
+                logger.warning("%s is damaged (%s); trying the one before", folder, damage)
+            continue
+        if facts.fingerprint != fingerprint:
+            raise UserError(
+                f"{folder} was made with another configuration or data set; use another --out, or "
+                f"remove {root} to begin again"
+            )
+        if (facts.world_size, facts.zero_stage) == (world.size, zero_stage):
+            engine.load_checkpoint(str(folder), tag="deepspeed")
+            path = average_file(folder, world.rank)
+            ema.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+        else:
+            load_resharded(SavedShards(folder, facts.world_size), engine, ema)
+        return facts
+    if folders[0] and world.is_main:
+        logger.warning("no checkpoint in %s can be used; starting from step 0", root)
+    return None

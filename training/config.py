@@ -38,6 +38,8 @@ class CheckpointConfig(StrictModel):
     """Steps between checkpoints; the last step is always saved."""
     keep: int = Field(default=2, gt=0)
     """Newest checkpoints that stay on disk."""
+    keep_every: int = Field(default=0, ge=0)
+    """Checkpoints whose step is a multiple of this stay for good; 0 keeps none for good."""
 
 
 class LaunchConfig(StrictModel):

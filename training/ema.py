@@ -9,15 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-
-def master_partitions(engine: Any) -> list[Tensor]:
-    """This rank's float32 master weights, one flat tensor per group (ZeRO 1, 2 and 3)."""
-    optimizer = engine.optimizer
-    for attribute in ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat"):
-        partitions = getattr(optimizer, attribute, None)
-        if partitions:
-            return [partition.data for partition in partitions]
-    raise AssertionError(f"{type(optimizer).__name__} keeps no float32 partitions")
+from training.partitions import master_partitions
 
 
 class ExponentialMovingAverage:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import atexit
 import os
-import socket
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from functools import cache
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
 from training.config import RunConfig
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -22,12 +25,18 @@ class World:
     rank: int
     size: int
     device: torch.device
-    made_group: bool = False
+    control: dist.ProcessGroup | None = None
+    """Group of all workers for small messages between CPUs, whatever the gradients travel by."""
 
-    def leave(self) -> None:
-        """Close the process group if :func:`join_world` made it."""
-        if self.made_group and dist.is_initialized():
-            dist.destroy_process_group()
+    def gather(self, value: T) -> list[T]:
+        """The small picklable `value` of every rank, in their order; every rank calls this."""
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self.control)
+        return values
+
+    def barrier(self) -> None:
+        """Wait until every rank is here."""
+        dist.barrier(group=self.control)
 
     @property
     def is_main(self) -> bool:
@@ -42,25 +51,28 @@ def join_world(timeout_s: float = 1800.0) -> World:
     plain process becomes a world of one.
     """
     cuda = torch.cuda.is_available()
-    make_group = not dist.is_initialized()
-    if make_group:
-        if "RANK" not in os.environ:
-            with socket.socket() as probe:
-                probe.bind(("127.0.0.1", 0))
-                port = probe.getsockname()[1]
-            os.environ.update(
-                RANK="0",
-                LOCAL_RANK="0",
-                WORLD_SIZE="1",
-                MASTER_ADDR="127.0.0.1",
-                MASTER_PORT=str(port),
+    if not dist.is_initialized():
+        backend, timeout = "nccl" if cuda else "gloo", timedelta(seconds=timeout_s)
+        if "RANK" in os.environ:
+            dist.init_process_group(backend, timeout=timeout)
+        else:
+            os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it
+            dist.init_process_group(
+                backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1
             )
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(seconds=timeout_s))
+        # Not before: DeepSpeed remembers the group for further runs of this process.
+        atexit.register(dist.destroy_process_group)
     device = torch.device("cpu")
     if cuda:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
-    return World(dist.get_rank(), dist.get_world_size(), device, make_group)
+    return World(dist.get_rank(), dist.get_world_size(), device, _control_group(timeout_s))
+
+
+@cache
+def _control_group(timeout_s: float) -> dist.ProcessGroup | None:
+    """One group for the small messages of all runs of this process."""
+    return dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
 
 
 def deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:

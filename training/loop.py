@@ -54,8 +54,6 @@ def train_loop(job: TrainJob) -> None:
         raise
     else:
         run.records.close("FINISHED")
-    finally:
-        world.leave()
 
 
 def _starting_model(job: TrainJob) -> tuple[StreamDiT, StreamDiTConfig | None]:

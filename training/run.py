@@ -184,6 +184,6 @@ class Run:
             self.ema,
             facts,
             self.world,
-            self.config.checkpoint.keep,
+            self.config.checkpoint,
         )
         self.records.tag("checkpoint", str(folder))

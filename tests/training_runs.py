@@ -1,0 +1,107 @@
+"""Runs of the trainer for tests: in this process, or by several workers that torchrun starts."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+from latent_dataset import train_settings
+
+from training.config import TrainConfig
+from training.job import TrainJob
+from training.loop import train_loop
+from training.metrics import read_metrics
+from training.objective import make_flow_matching
+from training.run import Run
+
+
+class Crash(Exception):
+    """What a test makes a run die of."""
+
+
+def tiny_job(dataset, out, **changes):
+    """A job on :func:`latent_dataset.write_dataset` that takes seconds."""
+    out = Path(out)
+    settings = train_settings(**{"tracking": {"directory": str(out / "mlflow")}} | changes)
+    config = TrainConfig.model_validate(settings)
+    return TrainJob(
+        config,
+        config.model,
+        config.partition,
+        config.sampling,
+        str(dataset),
+        str(out),
+        make_flow_matching,
+    )
+
+
+def train(dataset, out, crash_at=None, killed=(), **changes):
+    """Train in this process; with `crash_at` the run dies before that step.
+
+    It dies of an exception, or the workers `killed` of a SIGKILL.
+    """
+    train_step = Run._train_step
+
+    def crashing(run, batches):
+        if run.step == crash_at:
+            if not killed:
+                raise Crash
+            if run.world.rank in killed:
+                os.kill(os.getpid(), signal.SIGKILL)
+        return train_step(run, batches)
+
+    Run._train_step = crashing
+    try:
+        train_loop(tiny_job(dataset, out, **changes))
+    except Crash:
+        assert crash_at is not None
+    finally:
+        Run._train_step = train_step
+
+
+WORKERS = """
+import json, sys
+import torch.distributed as dist
+from training_runs import train
+dist.init_process_group("gloo")
+for run in json.loads(sys.argv[1]):
+    train(**run)
+dist.destroy_process_group()
+"""
+
+
+def train_together(folder, runs, workers=2, dies=False):
+    """Train a list of runs (arguments of :func:`train`), one after the other, on `workers`.
+
+    Returns:
+        What the workers said.
+    """
+    script = Path(folder) / "workers.py"
+    script.write_text(WORKERS)
+    root = Path(__file__).parents[1]
+    paths = os.pathsep.join([str(root), str(root / "tests")])
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+        *(f"--nproc-per-node={workers}", str(script), json.dumps(runs, default=str)),
+    ]
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
+        timeout=500,
+        check=False,
+    )
+    said = done.stdout + done.stderr
+    assert (done.returncode != 0) == dies, said
+    return said
+
+
+def losses(out):
+    """Loss by step, from the metrics file."""
+    rows = read_metrics(Path(out) / "metrics.jsonl")
+    return {row["step"]: row["loss"] for row in rows if "loss" in row}
