@@ -37,6 +37,7 @@ COMMANDS = {
     "train-autoencoder": Entry(
         "jobs.train_autoencoder", "Train the autoencoder that makes the latents.", "Train"
     ),
+    "convert": Entry("jobs.convert", "Turn an open Wan model into one to start from.", "Train"),
     "train": Entry("jobs.train", "Train a streaming text-to-video model.", "Train"),
     "distill": Entry("jobs.distill", "Distil it to one evaluation per chunk.", "Train"),
     "register": Entry("jobs.register", "Put a model into the MLflow registry.", "Use"),

@@ -234,7 +234,8 @@ def _add_bucket(summary: Table, bucket: dict[str, Any], fps: float | None) -> No
 
 def _add_streaming(summary: Table, facts: dict[str, Any]) -> None:
     gamma = facts["gamma"]
-    schedule = gamma["kind"] + (f" {gamma['power']:g}" if gamma["kind"] != "linear" else "")
+    strength = {"exponential": gamma["power"], "shifted": gamma["shift"]}.get(gamma["kind"])
+    schedule = gamma["kind"] + (f" {strength:g}" if strength is not None else "")
     mix = "\n".join(
         f"K={entry['K']} N={entry['N']} c={entry['c']}: {entry['share']:.0%}"
         for entry in facts["partition"]

@@ -160,20 +160,27 @@ class DiTConfig(StrictModel):
 class GammaConfig(StrictModel):
     """Noise schedule gamma: [0, 1] -> [0, 1] (arXiv:2507.03745v4, Eq. 9)."""
 
-    kind: Literal["linear", "exponential"] = "linear"
-    """`linear`: gamma(t) = t. `exponential`: gamma(t) = t ** power."""
+    kind: Literal["linear", "exponential", "shifted"] = "linear"
+    """`linear`: gamma(t) = t. `exponential`: gamma(t) = t ** power. `shifted`: gamma(t) =
+    t / (shift - (shift - 1) t), under which most open video models were trained and are sampled."""
     power: float = 1.0
     """Exponent k of the exponential schedule; greater than 1 spends more steps near noise."""
+    shift: float = 1.0
+    """Shift of the shifted schedule; greater than 1 spends more steps near noise."""
 
     @model_validator(mode="after")
-    def _check_power(self) -> GammaConfig:
-        if self.kind == "linear" and self.power != 1.0:
-            raise ValueError(
-                f"power {self.power} has no meaning for the linear schedule; "
-                "remove it or use kind: exponential"
-            )
-        if self.kind == "exponential" and self.power <= 1.0:
-            raise ValueError(f"power {self.power} must be greater than 1 for kind: exponential")
+    def _check_values(self) -> GammaConfig:
+        for name, value, kind in (
+            ("power", self.power, "exponential"),
+            ("shift", self.shift, "shifted"),
+        ):
+            if self.kind != kind and value != 1.0:
+                raise ValueError(
+                    f"{name} {value} has no meaning for the {self.kind} schedule; "
+                    f"remove it or use kind: {kind}"
+                )
+            if self.kind == kind and value <= 1.0:
+                raise ValueError(f"{name} {value} must be greater than 1 for kind: {kind}")
         return self
 
 
@@ -290,7 +297,8 @@ class TextEncoderConfig(StrictModel):
     """`bytes`: hashed byte n-grams, needs no weights. `t5`: T5, UL2, UMT5 or ByT5 encoder from
     transformers. `open_clip`: text tower of an open_clip model (MetaCLIP)."""
     source: str | None = None
-    """Hub id or local path (`t5`), or open_clip model name; not used by `bytes`."""
+    """Hub id or local path of the model, or of a diffusers pipeline with it (`t5`), or open_clip
+    model name; not used by `bytes`."""
     pretrained: str | None = None
     """open_clip weights tag or checkpoint path."""
     width: int = Field(gt=0)

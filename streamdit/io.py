@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,22 +67,43 @@ def save_model_directory(
     Returns:
         The directory.
     """
+    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+    with new_model_directory(directory, config, autoencoder_base) as path:
+        save_file(contiguous, path, metadata={"format": "pt"})
+    return Path(directory)
+
+
+@contextmanager
+def new_model_directory(
+    directory: Path | str, config: StreamDiTConfig, autoencoder_base: Path | str = "."
+) -> Iterator[Path]:
+    """Like :func:`save_model_directory`, for weights that the caller writes.
+
+    Yields:
+        Path of the weights file. The directory appears when the block ends without an error.
+    """
     directory = Path(directory)
     staging = directory.with_name(f".{directory.name}.{os.getpid()}.tmp")
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
-    source = Path(resolve_source(config.autoencoder.source, Path(autoencoder_base)))
+    try:
+        yield staging / WEIGHTS_FILE
+        _finish_model_directory(staging, config, Path(autoencoder_base))
+        shutil.rmtree(directory, ignore_errors=True)
+        staging.replace(directory)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _finish_model_directory(staging: Path, config: StreamDiTConfig, base: Path) -> None:
+    """Copy a local autoencoder beside the weights and write the configuration of both."""
+    source = Path(resolve_source(config.autoencoder.source, base))
     if source.is_dir():
         shutil.copytree(source, staging / AUTOENCODER_FOLDER)
         identity = config.autoencoder.model_copy(update={"source": AUTOENCODER_FOLDER})
         config = config.model_copy(update={"autoencoder": identity})
-    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
-    save_file(contiguous, staging / WEIGHTS_FILE, metadata={"format": "pt"})
     config = config.model_copy(update={"weights_sha256": file_sha256(staging / WEIGHTS_FILE)})
     (staging / CONFIG_FILE).write_text(config.model_dump_json(indent=2) + "\n")
-    shutil.rmtree(directory, ignore_errors=True)
-    staging.replace(directory)
-    return directory
 
 
 def read_model_config(directory: Path | str) -> StreamDiTConfig:

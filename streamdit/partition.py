@@ -18,7 +18,13 @@ from streamdit.errors import UserError
 
 def apply_gamma(t: Tensor, gamma: GammaConfig) -> Tensor:
     """Noise schedule gamma(t), element-wise on values in [0, 1] (arXiv:2507.03745v4, Eq. 9)."""
-    return t if gamma.kind == "linear" else t**gamma.power
+    match gamma.kind:
+        case "linear":
+            return t
+        case "exponential":
+            return t**gamma.power
+        case "shifted":
+            return t / (gamma.shift - (gamma.shift - 1.0) * t)
 
 
 @dataclass(frozen=True)

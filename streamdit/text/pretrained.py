@@ -54,15 +54,11 @@ def load_t5(config: TextEncoderConfig, dtype: torch.dtype) -> tuple[Any, Any]:
     Raises:
         UserError: if it cannot be found, is of another family, or has another width.
     """
-    from transformers import AutoConfig, AutoTokenizer, T5EncoderModel, UMT5EncoderModel
+    from transformers import AutoTokenizer, T5EncoderModel, UMT5EncoderModel
 
     assert config.source is not None
     classes: dict[str, Any] = {"t5": T5EncoderModel, "umt5": UMT5EncoderModel}
-    # transformers raises OSError for what it cannot find and ValueError for what it cannot read.
-    try:
-        found = AutoConfig.from_pretrained(config.source)
-    except (OSError, ValueError) as error:
-        raise missing(config, error) from None
+    found, model_folder, tokenizer_folder = find_t5(config)
     family = found.model_type
     if family not in classes:
         raise UserError(
@@ -71,13 +67,36 @@ def load_t5(config: TextEncoderConfig, dtype: torch.dtype) -> tuple[Any, Any]:
         )
     check_width(config, found.d_model)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(config.source)
-        model = classes[family].from_pretrained(config.source, dtype=dtype)
+        tokenizer = AutoTokenizer.from_pretrained(config.source, subfolder=tokenizer_folder)
+        model = classes[family].from_pretrained(config.source, subfolder=model_folder, dtype=dtype)
     except (OSError, ValueError) as error:
         raise missing(config, error) from None
     # Padding must follow the text, so that states without padding are a prefix.
     tokenizer.padding_side = "right"
     return tokenizer, model
+
+
+def find_t5(config: TextEncoderConfig) -> tuple[Any, str, str]:
+    """Configuration of a text model, and the folders of model and tokenizer inside its source.
+
+    A diffusers pipeline keeps the two in folders of their own.
+
+    Raises:
+        UserError: if the source is neither.
+    """
+    from transformers import AutoConfig
+
+    assert config.source is not None
+    # transformers raises OSError for what it cannot find and ValueError for what it cannot read.
+    try:
+        return AutoConfig.from_pretrained(config.source), "", ""
+    except (OSError, ValueError) as error:
+        reason = error
+    try:
+        found = AutoConfig.from_pretrained(config.source, subfolder="text_encoder")
+    except (OSError, ValueError):
+        raise missing(config, reason) from None
+    return found, "text_encoder", "tokenizer"
 
 
 class OpenClipEncoder:
