@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperCommand, TyperGroup
+from typer.core import TyperGroup
 
-from jobs.errors import one_line_errors
+from jobs.errors import JobCommand, one_line_errors
 
 
 @dataclass(frozen=True)
@@ -42,17 +42,10 @@ COMMANDS = {
     "distill": Entry("jobs.distill", "Distil it to one evaluation per chunk.", "Train"),
     "register": Entry("jobs.register", "Put a model into the MLflow registry.", "Use"),
     "generate": Entry("jobs.generate", "Stream video from a model to a file.", "Use"),
+    "submit": Entry("jobs.submit", "Run one of these jobs on a Ray cluster.", "Cluster"),
+    "jobs": Entry("jobs.ray_jobs", "List, follow and stop jobs on a cluster.", "Cluster"),
     "describe": Entry("jobs.describe", "Show the size and cost of a model.", "Use"),
 }
-
-
-class JobCommand(TyperCommand):
-    """A command whose user errors are one line."""
-
-    def invoke(self, ctx: typer.Context) -> Any:
-        """Run the command."""
-        with one_line_errors():
-            return super().invoke(ctx)
 
 
 class LazyGroup(TyperGroup):
@@ -68,10 +61,13 @@ class LazyGroup(TyperGroup):
             return name, build_command(module.command, name), rest
 
 
-def build_command(function: Callable[..., Any], name: str) -> Any:
-    """The typer command of a job's function, named as in the table."""
+def build_command(function: Callable[..., Any] | typer.Typer, name: str) -> Any:
+    """The typer command of a job's function, or of its group of commands, named as in the table."""
+    if isinstance(function, typer.Typer):
+        return typer.main.get_command(function)
+    settings = inspect.unwrap(function).__globals__.get("CONTEXT_SETTINGS")
     app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
-    app.command(name, cls=JobCommand)(function)
+    app.command(name, cls=JobCommand, context_settings=settings)(function)
     return typer.main.get_command(app)
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import typer
+from typer.core import TyperCommand
 
 if TYPE_CHECKING:
     from streamdit.errors import UserError
@@ -33,6 +34,15 @@ def one_line_errors() -> Iterator[None]:
             raise
         _complain(f"error: {mistake}")
         raise typer.Exit(USAGE_STATUS) from None
+
+
+class JobCommand(TyperCommand):
+    """A command whose user errors are one line."""
+
+    def invoke(self, ctx: typer.Context) -> Any:
+        """Run the command."""
+        with one_line_errors():
+            return super().invoke(ctx)
 
 
 def find_user_error(error: BaseException) -> UserError | None:

@@ -1,0 +1,273 @@
+"""`streamdit submit`: one of the jobs, on a Ray cluster."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import shlex
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+from urllib.parse import urlsplit
+
+import typer
+
+from jobs.cluster import ClusterAddress, connect, exit_status, follow, stop
+from jobs.console import console, format_bytes, say
+from jobs.errors import INTERRUPTED_STATUS
+from jobs.options import split_overrides
+from jobs.package import Package, collect
+from streamdit.errors import UserError
+
+if TYPE_CHECKING:
+    from ray.job_submission import JobDetails, JobSubmissionClient
+
+CONTEXT_SETTINGS = {"ignore_unknown_options": True}
+"""The options of the job itself are passed on as they are."""
+
+FORWARDED = "MLFLOW_TRACKING_URI"
+"""Goes along unasked, so that the job records where the person who submits it looks."""
+
+
+class Job(StrEnum):
+    """What can be submitted."""
+
+    INGEST = "ingest"
+    TRAIN = "train"
+    DISTILL = "distill"
+    REGISTER = "register"
+
+
+def command(
+    job: Annotated[
+        Job, typer.Argument(metavar="ingest|train|distill|register", help="What to run.")
+    ],
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="ARGUMENT",
+            help="Arguments and options of that command; after `--` they may look like options "
+            "of this one.",
+            show_default=False,
+        ),
+    ] = None,
+    address: ClusterAddress = None,
+    working_dir: Annotated[
+        Path,
+        typer.Option(
+            "--working-dir", metavar="DIR", help="Folder that is sent along: code and settings."
+        ),
+    ] = Path(),
+    exclude: Annotated[
+        list[str] | None,
+        typer.Option("--exclude", metavar="PATTERN", help="Left out of it, as in .gitignore."),
+    ] = None,
+    env: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--env",
+            metavar="NAME[=VALUE]",
+            help="Environment variable of the job; without a value, the one set here. Whoever "
+            "reaches the dashboard can read it: give secrets to the cluster instead.",
+        ),
+    ] = None,
+    no_wait: Annotated[
+        bool, typer.Option("--no-wait", help="Print the job's id and do not follow it.")
+    ] = False,
+) -> None:
+    """Run `ingest`, `train`, `distill` or `register` on a Ray cluster and follow its log.
+
+    The working directory is packed and sent along, without data, runs, environments and what its
+    .gitignore names; the job runs in a copy of it. Datasets, runs and models are given by absolute
+    paths on storage that every node of the cluster reads, or as s3:// addresses. The exit status is
+    the job's. Ctrl-C leaves the job running.
+    """
+    client = connect(address)
+    package = collect(working_dir, exclude or ())
+    words = job_arguments(job, list(arguments or []), package)
+    variables = job_environment(env or [])
+    entrypoint = shlex.join(["python", "-m", f"jobs.{job.value}", *words])
+    identifier = submit(client, entrypoint, package, variables, job.value)
+    server = client.get_address()
+    say(f"submitted {identifier}: {entrypoint}")
+    say(f"sent {len(package.files):,} files, {format_bytes(package.size)}, of {package.root}")
+    if no_wait:
+        say(f"follow: streamdit jobs logs {identifier} --follow --address {server}")
+        typer.echo(identifier)
+        return
+    raise typer.Exit(exit_status(follow_to_its_end(client, identifier)))
+
+
+def submit(
+    client: JobSubmissionClient,
+    entrypoint: str,
+    package: Package,
+    variables: dict[str, str],
+    name: str,
+) -> str:
+    """Send the package and start the job; returns the job's id."""
+    with tempfile.TemporaryDirectory() as folder, console.status("sending the working directory"):
+        archive = package.write(Path(folder) / "package.zip")
+        try:
+            return str(
+                client.submit_job(
+                    entrypoint=entrypoint,
+                    runtime_env={"working_dir": str(archive), "env_vars": variables},
+                    metadata={"job_submission_name": f"streamdit {name}"},
+                )
+            )
+        except RuntimeError as error:
+            raise UserError(f"the job server refuses: {str(error).splitlines()[0]}") from None
+
+
+def follow_to_its_end(client: JobSubmissionClient, job: str) -> JobDetails:
+    """Show a job's log until it ends. Ctrl-C lets go of it, or stops it where a person says so."""
+    try:
+        ended = follow(client, job, _write)
+    except KeyboardInterrupt:
+        _let_go(client, job)
+        raise typer.Exit(INTERRUPTED_STATUS) from None
+    say(f"{job} {str(ended.status).lower()}" + _reason(ended))
+    return ended
+
+
+def _reason(job: JobDetails) -> str:
+    """Why a job failed, where its log cannot say: it never ran."""
+    if job.status != "FAILED" or job.driver_exit_code is not None or not job.message:
+        return ""
+    return f": {job.message.strip().splitlines()[-1]}"
+
+
+def _let_go(client: JobSubmissionClient, job: str) -> None:
+    server = client.get_address()
+    if sys.stdin.isatty() and typer.confirm(f"\nstop {job} on the cluster?", default=False):
+        stop(client, job)
+        say(f"{job} is being stopped; the same command continues from its finished parts")
+        return
+    say(f"{job} goes on without this terminal")
+    say(f"follow: streamdit jobs logs {job} --follow --address {server}")
+    say(f"stop:   streamdit jobs stop {job} --address {server}")
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def job_environment(wanted: Sequence[str]) -> dict[str, str]:
+    """Environment variables of the job, from `NAME` or `NAME=VALUE`.
+
+    Raises:
+        UserError: for a name that is not set here.
+    """
+    variables = {}
+    tracking = os.environ.get(FORWARDED, "")
+    if tracking and not urlsplit(tracking).password:
+        variables[FORWARDED] = tracking
+    for text in wanted:
+        name, given, value = text.partition("=")
+        if not given and name not in os.environ:
+            raise UserError(f"--env {name}: it is not set here; set it, or write {name}=VALUE")
+        variables[name] = value if given else os.environ[name]
+    return variables
+
+
+def job_arguments(job: Job, words: list[str], package: Package) -> list[str]:
+    """The words of a job's command line as the cluster is to run it, checked here.
+
+    Raises:
+        UserError: for what would be lost or not found on the cluster.
+    """
+    from jobs.cli import COMMANDS, build_command
+
+    module = importlib.import_module(COMMANDS[job.value].module)
+    parser = build_command(module.command, job.value)
+    context = parser.make_context(f"streamdit submit {job.value} --", list(words))
+    if context.params.get("address"):
+        raise UserError("--address is given twice: the job finds the cluster it runs on by itself")
+    for name, path in _paths(parser, context):
+        check_path(name, path)
+    config = context.params.get("config")
+    if config is not None:
+        config_in_package(config, package)
+        words = [_relative(word, config, package) for word in words]
+    return words + _store_beside(job, words, context)
+
+
+def _paths(parser: Any, context: Any) -> Iterator[tuple[str, str]]:
+    """Every path among a command's parameters, with what the command line calls it."""
+    for parameter in parser.params:
+        value = context.params.get(parameter.name)
+        if value is None or parameter.name in ("config", "tracking_directory"):
+            continue
+        name = parameter.opts[0] if parameter.opts[0].startswith("-") else parameter.name
+        if isinstance(value, Path):
+            yield name, str(value)
+        elif parameter.name == "arguments":  # of ingest: videos and KEY=VALUE
+            yield from (("the input", word) for word in split_overrides(value)[0])
+        elif isinstance(value, str) and parameter.name == "autoencoder" and Path(value).exists():
+            yield name, value
+
+
+def check_path(name: str, path: str) -> None:
+    """Refuse a path that means another place on the cluster than here.
+
+    Raises:
+        UserError: for a relative one.
+    """
+    if not Path(path).is_absolute() and "://" not in path:
+        raise UserError(
+            f"{name} {path} is relative: the job runs in a copy of the working directory that is "
+            "deleted with it; give an absolute path on storage that every node reads, as in "
+            f"/mnt/streamdit/{path}"
+        )
+
+
+def config_in_package(config: Path, package: Package) -> Path:
+    """Where a file of settings is in the package.
+
+    Raises:
+        UserError: if it does not go along.
+    """
+    inside = config.resolve()
+    if inside.is_relative_to(package.root):
+        inside = inside.relative_to(package.root)
+        if inside in package.files:
+            return inside
+    raise UserError(
+        f"--config {config} does not go along with the job: put it into {package.root}, and not "
+        "among what is left out (.gitignore, .rayignore, --exclude, data, runs)"
+    )
+
+
+def _relative(word: str, config: Path, package: Package) -> str:
+    """`word` with the file of settings named as the job will find it."""
+    option, equals, value = word.partition("=")
+    if word == str(config):
+        return str(config_in_package(config, package))
+    if option == "--config" and equals and value == str(config):
+        return f"--config={config_in_package(config, package)}"
+    return word
+
+
+def _store_beside(job: Job, words: list[str], context: Any) -> list[str]:
+    """Words that put the embedded MLflow store on shared storage too, where no server is named.
+
+    Its default is relative, so it would be deleted with the job.
+    """
+    if job == Job.REGISTER:
+        store = Path(context.params["model"]).parents[1] / "mlflow"
+        default = context.get_parameter_source("tracking_directory").name == "DEFAULT"
+        return ["--tracking-dir", str(store)] if default else []
+    if job == Job.INGEST or any(word.startswith("tracking.directory=") for word in words):
+        return []
+    return [f"tracking.directory={Path(context.params['out']).parent / 'mlflow'}"]
+
+
+if __name__ == "__main__":
+    from jobs.cli import run_as_module
+
+    run_as_module(command)

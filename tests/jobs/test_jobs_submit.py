@@ -1,0 +1,132 @@
+"""What `streamdit submit` sends, and what it refuses before anything is sent."""
+
+import os
+import socket
+import time
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from jobs import cluster
+from jobs.cli import app
+from jobs.package import Package
+from jobs.submit import Job, job_arguments, job_environment
+from streamdit.errors import UserError
+
+PACKAGE = Package(Path("/work"), (Path("my.yaml"),), 1)
+
+
+def words(job, *arguments, package=PACKAGE):
+    return job_arguments(job, list(arguments), package)
+
+
+def test_arguments_reach_the_job_as_they_are_and_runs_land_on_shared_storage():
+    given = ("/mnt/data", "--out", "/mnt/runs/a", "--preset", "demo", "steps=3")
+    assert words(Job.TRAIN, *given) == [*given, "tracking.directory=/mnt/runs/mlflow"]
+
+
+def test_a_chosen_store_is_left_alone():
+    given = ("/mnt/data", "--out", "/mnt/runs/a", "tracking.directory=/elsewhere")
+    assert words(Job.TRAIN, *given) == list(given)
+    given = ("/mnt/runs/a/model", "--tracking-dir", "/elsewhere")
+    assert words(Job.REGISTER, *given) == list(given)
+
+
+def test_registering_uses_the_store_that_training_used():
+    assert words(Job.REGISTER, "/mnt/runs/a/model")[-1] == "/mnt/runs/mlflow"
+
+
+@pytest.mark.parametrize(
+    ("job", "arguments", "named"),
+    [
+        (Job.TRAIN, ("/mnt/data",), "--out runs/train"),
+        (Job.TRAIN, ("data", "--out", "/mnt/a"), "dataset data"),
+        (Job.TRAIN, ("/mnt/data", "--out", "/mnt/a", "--from", "b"), "--from b"),
+        (Job.DISTILL, ("/mnt/data", "--out", "/mnt/a"), "--teacher runs/train/model"),
+        (Job.REGISTER, ("model",), "model model"),
+        (Job.INGEST, ("videos", "--out", "/mnt/data"), "the input videos"),
+        (Job.INGEST, ("/mnt/videos", "clip.frames=8"), "--out data"),
+    ],
+)
+def test_relative_path_is_refused_by_name(job, arguments, named):
+    with pytest.raises(UserError) as caught:
+        words(job, *arguments)
+    assert str(caught.value).startswith(f"{named} is relative")
+    assert "absolute path on storage that every node reads" in str(caught.value)
+
+
+def test_addresses_of_a_store_and_names_of_a_hub_are_no_relative_paths():
+    given = ("s3://bucket/videos", "--out", "/mnt/data", "--autoencoder", "org/wan-vae")
+    assert words(Job.INGEST, *given) == list(given)
+
+
+def test_settings_are_named_as_the_job_finds_them(tmp_path, monkeypatch):
+    root = tmp_path / "work"
+    (root / "sub").mkdir(parents=True)
+    (root / "sub" / "my.yaml").write_text("steps: 3\n")
+    package = Package(root, (Path("sub/my.yaml"),), 9)
+    monkeypatch.chdir(root / "sub")
+    for given in (("--config", "my.yaml"), (f"--config={root}/sub/my.yaml",)):
+        sent = words(Job.TRAIN, "/mnt/data", "--out", "/mnt/a", *given, package=package)
+        assert "sub/my.yaml" in " ".join(sent).replace("=", " ").split()
+    with pytest.raises(UserError, match="does not go along"):
+        words(
+            Job.TRAIN,
+            *("/mnt/data", "--out", "/mnt/a", "--config", "my.yaml"),
+            package=Package(root, (), 0),
+        )
+
+
+def test_environment_is_what_is_asked_for_and_the_store_without_secrets(monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow:5000")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hush")
+    monkeypatch.setenv("NCCL_DEBUG", "INFO")
+    assert job_environment(["NCCL_DEBUG", "A=b=c"]) == {
+        "MLFLOW_TRACKING_URI": "http://mlflow:5000",
+        "NCCL_DEBUG": "INFO",
+        "A": "b=c",
+    }
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "postgresql://me:hush@db/mlflow")
+    assert job_environment([]) == {}
+    with pytest.raises(UserError, match="NOWHERE: it is not set here"):
+        job_environment(["NOWHERE"])
+
+
+@pytest.mark.parametrize(
+    ("address", "reason"),
+    [
+        (None, "no cluster is named"),
+        ("http://127.0.0.1:1", "does not answer (Connection refused)"),
+        ("ray://head:10001", "is not the address of a job server"),
+        ("http://head:port", "does not answer"),
+    ],
+)
+def test_cluster_that_is_not_there_is_one_line_at_once(address, reason, monkeypatch):
+    monkeypatch.delenv(cluster.ADDRESS_VARIABLE, raising=False)
+    started = time.monotonic()
+    option = ["--address", address] if address else []
+    for arguments in (["jobs", "list"], ["submit", "train", "/d", "--out", "/o"]):
+        result = CliRunner().invoke(app, [*arguments, *option])
+        assert result.exit_code == 2, result.output
+        assert reason in result.output
+        assert len(result.output.strip().splitlines()) == 1
+    assert time.monotonic() - started < 4 * cluster.CONNECT_TIMEOUT_S
+
+
+def test_server_that_is_no_job_server_is_told_apart(monkeypatch):
+    import http.server
+    import threading
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), http.server.BaseHTTPRequestHandler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    # Ray's own client would go to the address in the environment instead.
+    unused = socket.create_server(("127.0.0.1", 0))
+    monkeypatch.setenv("RAY_ADDRESS", f"http://127.0.0.1:{unused.getsockname()[1]}")
+    try:
+        with pytest.raises(UserError, match="is not a Ray job server"):
+            cluster.connect(f"127.0.0.1:{server.server_port}")
+    finally:
+        server.shutdown()
+        unused.close()
+    assert os.environ["RAY_ADDRESS"].startswith("http://127.0.0.1")

@@ -1,0 +1,66 @@
+"""A Ray head on this machine with its job server, for tests that submit to a cluster."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports of the loopback interface that nobody listens on."""
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [s.getsockname()[1] for s in sockets]
+    for s in sockets:
+        s.close()
+    return ports
+
+
+@contextmanager
+def ray_head(folder: Path, cpus: int = 2, **environment: str) -> Iterator[str]:
+    """A head of its own, whatever else runs here; yields the job server's address."""
+    gcs, dashboard, client = free_ports(3)
+    log = (folder / "head.log").open("w")
+    # A short path: Ray's sockets lie below it, and their names have an end.
+    temporary = Path("/tmp") / f"streamdit-ray-{dashboard}"
+    process = subprocess.Popen(
+        [
+            *("ray", "start", "--head", "--block", "--disable-usage-stats"),
+            *("--node-ip-address", "127.0.0.1", "--port", str(gcs)),
+            *("--dashboard-host", "127.0.0.1", "--dashboard-port", str(dashboard)),
+            *("--ray-client-server-port", str(client), "--num-cpus", str(cpus)),
+            *("--object-store-memory", "200000000", "--temp-dir", str(temporary)),
+        ],
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        env={**os.environ, "RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": "1", **environment},
+        start_new_session=True,
+    )
+    address = f"http://127.0.0.1:{dashboard}"
+    try:
+        _wait_until_up(address, process, folder / "head.log")
+        yield address
+    finally:
+        process.send_signal(signal.SIGTERM)  # Ray then ends what it started
+        process.wait(60)
+
+
+def _wait_until_up(address: str, process: subprocess.Popen, log: Path) -> None:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        assert process.poll() is None, log.read_text()
+        try:
+            urllib.request.urlopen(f"{address}/api/version", timeout=5).close()
+            # The version is served before jobs are.
+            urllib.request.urlopen(f"{address}/api/jobs/", timeout=30).close()
+            return
+        except (urllib.error.URLError, OSError):
+            time.sleep(0.5)
+    raise AssertionError(f"the job server did not come up:\n{log.read_text()}")
