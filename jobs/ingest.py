@@ -41,7 +41,8 @@ def command(
         list[str] | None,
         typer.Argument(
             metavar="INPUT|KEY=VALUE",
-            help="Videos: files, folders, text files that list them, or s3:// prefixes. "
+            help="Videos: files, folders, s3:// prefixes, WebDataset archives (.tar), text files "
+            "that list them, or tables (.csv, .jsonl, .parquet) with captions and licences. "
             "Single settings may follow, as in clip.frames=64.",
             show_default=False,
         ),

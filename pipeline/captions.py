@@ -50,7 +50,7 @@ def read_cues(uri: str) -> list[Cue]:
     try:
         if suffix == "vtt":
             return parse_vtt(text)
-        if suffix == "json":
+        if suffix in ("json", "manifest"):
             return parse_json(json.loads(text))
     except (ValueError, KeyError, TypeError) as error:
         raise CaptionFileError(f"{uri} is not a caption file ({error})") from None

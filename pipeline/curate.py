@@ -54,7 +54,7 @@ def curate(
     Videos that earlier runs have finished are skipped; sources of earlier runs stay.
 
     Args:
-        inputs: files, folders, text lists or `s3://` prefixes.
+        inputs: see :func:`pipeline.sources.list_sources`.
         dataset_dir: dataset directory; created if missing.
         config: ingestion configuration.
         on_progress: called with units done, units in all and totals, as units finish.
@@ -96,7 +96,7 @@ def curate(
 
 def curate_fingerprint(unit: Unit, config: IngestConfig) -> str:
     """Hash of everything that the files of a curated unit depend on."""
-    members = [[source.source_id, source.uri] for source in unit.sources]
+    members = [[s.source_id, s.uri, s.licence, s.attribution] for s in unit.sources]
     return fingerprint(STAGE, REVISION, members, config.clip, config.scenes, config.threads)
 
 
@@ -124,8 +124,9 @@ def make_curate_unit(dataset_dir: str, config: IngestConfig) -> Callable[[Row], 
                     )
                 )
                 continue
-            sources.append({**described, "bytes": source.size})
-            clips.extend(found)
+            terms = {"licence": source.licence, "attribution": source.attribution}
+            sources.append({**described, "bytes": source.size, **terms})
+            clips.extend({**clip, **terms} for clip in found)
         files = write_unit(dataset, unit.name, config.clip.bucket, sources, clips)
         write_dead_letters(dataset, STAGE, unit.name, dead)
         counters: dict[str, float] = {

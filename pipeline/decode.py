@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pipeline.child import shared_child
-from pipeline.storage import is_s3, open_video
+from pipeline.storage import is_local_file, open_video
 
 if TYPE_CHECKING:
     import av
@@ -199,7 +199,7 @@ def sample_frames(
     """Pictures shown at `times` (seconds from the stream's start), decoded sparsely.
 
     decord reads them in a child process; where decord is not installed, cannot open the video, or
-    the video is an S3 object, PyAV seeks to each.
+    the video is no file of its own, PyAV seeks to each.
 
     Args:
         uri: path or `s3://` object.
@@ -225,7 +225,7 @@ def read_sparse(uri: str, times: list[float], height: int | None) -> list[np.nda
         import decord
     except ImportError:
         return read_sparse_pyav(uri, times, height)
-    if is_s3(uri):
+    if not is_local_file(uri):
         return read_sparse_pyav(uri, times, height)
     try:
         return read_sparse_decord(uri, times, height)

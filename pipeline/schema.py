@@ -78,6 +78,8 @@ CLIP_SCHEMA = pa.schema(
         ("scene", pa.int32()),
         ("scene_start_s", pa.float64()),
         ("scene_end_s", pa.float64()),
+        ("licence", pa.string()),
+        ("attribution", pa.string()),
         ("motion", pa.float64()),
         ("blur", pa.float64()),
         ("brightness", pa.float64()),

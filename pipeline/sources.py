@@ -1,24 +1,19 @@
-"""Finding videos: files, folders, text lists of them, and S3 prefixes."""
+"""The videos that inputs name, each known by its content."""
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from pipeline.child import describe_error
-from pipeline.storage import is_s3, read_span, s3_client, split_s3
+from pipeline.listing import SIDECAR_SUFFIXES, VIDEO_SUFFIXES, Entry, Found, find_files
+from pipeline.manifests import Note
+from pipeline.storage import file_size, is_s3, read_span
 from streamdit.errors import UserError
 
-VIDEO_SUFFIXES = (
-    *(".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".m2ts", ".mts"),
-    *(".flv", ".wmv", ".3gp", ".ogv", ".y4m"),
-)
-SIDECAR_SUFFIXES = (".vtt", ".json", ".txt")
-PARTIAL_SUFFIXES = (".part", ".partial", ".crdownload", ".download", ".tmp", ".temp", ".aria2")
 HASHED_BYTES = 1 << 20
 HASHING_THREADS = 8
 
@@ -30,11 +25,15 @@ class Source:
     source_id: str
     """Hash of its size, first and last megabyte; 16 hexadecimal digits."""
     uri: str
-    """Absolute path or `s3://` address."""
+    """Absolute path, `s3://` address, or address in an archive (:mod:`pipeline.archives`)."""
     size: int
     """Bytes."""
     sidecars: tuple[str, ...] = ()
-    """Caption files beside it, in the order of preference."""
+    """Addresses of its captions, in the order of preference."""
+    licence: str | None = None
+    """Terms of use, where a table tells them."""
+    attribution: str | None = None
+    """Whom to name, where a table tells it."""
 
 
 @dataclass
@@ -48,76 +47,82 @@ class Listing:
     dead: list[tuple[str, str, str, bool]] = field(default_factory=list)
     """Files that cannot be read: address, error class, message, whether to try again."""
 
-    def skip(self, reason: str) -> None:
-        """Count one file left out."""
-        self.skipped[reason] = self.skipped.get(reason, 0) + 1
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A file of a folder or prefix."""
-
-    uri: str
-    size: int
-
 
 def list_sources(inputs: Sequence[str]) -> Listing:
     """Find and identify the videos that `inputs` name.
 
+    A file is a video by its suffix, or by its first bytes if the suffix says nothing.
+
     Args:
-        inputs: each a video file, a folder (searched below), a text file (suffix `.txt` or
-            `.list`) that names one of these per line, or `s3://bucket/prefix`.
+        inputs: each a video file; a folder or `s3://bucket/prefix` (searched below, with what
+            `metadata.csv`, `.jsonl` or `.parquet` in it say, and `.tar` archives of WebDataset); a
+            text file (suffix `.txt` or `.list`) that names such things per line; or a table
+            (`.csv`, `.tsv`, `.jsonl`, `.parquet`, see :mod:`pipeline.manifests`).
 
     Raises:
-        UserError: if an input does not exist or no input names a video.
+        UserError: if an input does not exist, a table is not understood, or no input names a video.
     """
-    listing = Listing()
-    entries: dict[str, Entry] = {}
-    sidecars: dict[str, set[str]] = {}
-    for entry in _expand(inputs):
-        if (reason := _why_skipped(entry.uri)) is None:
-            entries[entry.uri] = entry
-        elif reason == "sidecar":
-            stem, suffix = os.path.splitext(entry.uri)
-            sidecars.setdefault(stem, set()).add(suffix)
-        else:
-            listing.skip(reason)
-    if not entries:
+    found = find_files(inputs)
+    listing = Listing(
+        skipped=found.skipped,
+        dead=[(uri, *describe_error(error)) for uri, error in found.unreadable],
+    )
+    if not found.videos and not listing.dead:
         raise UserError(
             f"no video found in {', '.join(inputs)}: give files, folders or s3:// prefixes that "
             f"hold {', '.join(VIDEO_SUFFIXES[:4])} ... files"
         )
-    _identify(sorted(entries.values(), key=lambda e: e.uri), sidecars, listing)
+    _identify(sorted(found.videos.values(), key=lambda e: e.uri), found, listing)
     return listing
 
 
-def _identify(entries: list[Entry], sidecars: dict[str, set[str]], listing: Listing) -> None:
+def _identify(entries: list[Entry], found: Found, listing: Listing) -> None:
     """Hash each entry into `listing`."""
-    found: dict[str, Source] = {}
+    sources: dict[str, Source] = {}
     with ThreadPoolExecutor(HASHING_THREADS) as pool:
         for entry, result in zip(entries, pool.map(_try_content_id, entries), strict=True):
             if isinstance(result, Exception):
                 listing.dead.append((entry.uri, *describe_error(result)))
-            elif result in found:
-                listing.skip("duplicate")
+            elif result[0] in sources:
+                found.skip("duplicate")
             else:
-                stem = os.path.splitext(entry.uri)[0]
-                beside = sidecars.get(stem, set())
-                names = tuple(stem + suffix for suffix in SIDECAR_SUFFIXES if suffix in beside)
-                found[result] = Source(result, entry.uri, entry.size, names)
-    listing.sources = [found[source_id] for source_id in sorted(found)]
+                sources[result[0]] = _source(entry, *result, found)
+    listing.sources = [sources[source_id] for source_id in sorted(sources)]
+
+
+def _source(entry: Entry, source_id: str, size: int, found: Found) -> Source:
+    """A source with all that is known about it; tables come before files beside it."""
+    note = found.notes.get(entry.uri, Note()) + entry.note
+    stem = os.path.splitext(entry.uri)[0]
+    beside = found.beside.get(stem, set())
+    files = tuple(stem + suffix for suffix in SIDECAR_SUFFIXES if suffix in beside)
+    return Source(
+        source_id=source_id,
+        uri=entry.uri,
+        size=size,
+        sidecars=(*note.sidecars(), *entry.sidecars, *files),
+        licence=note.licence,
+        attribution=note.attribution,
+    )
 
 
 class EmptyFileError(ValueError):
     """A file without content."""
 
 
-def _try_content_id(entry: Entry) -> str | Exception:
-    """The content id, or the error that reading raised (it becomes a dead letter)."""
+class AddressError(ValueError):
+    """An address that names no file and no S3 object."""
+
+
+def _try_content_id(entry: Entry) -> tuple[str, int] | Exception:
+    """Content id and size, or the error that reading raised (it becomes a dead letter)."""
     try:
-        if entry.size == 0:
+        if "://" in entry.uri and not is_s3(entry.uri):
+            raise AddressError("only files and s3:// objects can be read: download it first")
+        size = file_size(entry.uri) if entry.size is None else entry.size
+        if size == 0:
             raise EmptyFileError("the file is empty")
-        return content_id(entry.uri, entry.size)
+        return content_id(entry.uri, size), size
     except Exception as error:  # any store has its own errors; each is recorded with its file
         return error
 
@@ -130,74 +135,3 @@ def content_id(uri: str, size: int) -> str:
         start = max(HASHED_BYTES, size - HASHED_BYTES)
         digest.update(read_span(uri, start, size - start))
     return digest.hexdigest()[:16]
-
-
-def _why_skipped(uri: str) -> str | None:
-    """Why a file is no source; none if it is one."""
-    name = uri.rsplit("/", 1)[-1]
-    suffix = os.path.splitext(name)[1].lower()
-    if name.startswith("."):
-        return "hidden"
-    if suffix in PARTIAL_SUFFIXES or name.endswith("~"):
-        return "partial"
-    if suffix in VIDEO_SUFFIXES:
-        return None
-    return "sidecar" if os.path.splitext(name)[1] in SIDECAR_SUFFIXES else "not video"
-
-
-def _expand(inputs: Iterable[str]) -> Iterator[Entry]:
-    """Files that `inputs` stand for; a single file brings the sidecars beside it."""
-    for name in inputs:
-        if is_s3(name):
-            yield from _list_prefix(name)
-            continue
-        path = Path(name).expanduser().absolute()
-        if path.is_dir():
-            yield from _list_folder(path)
-        elif not path.exists():
-            raise UserError(f"input {name} does not exist: check the path")
-        elif path.suffix.lower() in (".txt", ".list"):
-            yield from _expand(_read_list(path))
-        else:
-            yield Entry(str(path), path.stat().st_size)
-            for beside in (path.with_suffix(suffix) for suffix in SIDECAR_SUFFIXES):
-                if beside.exists():
-                    yield Entry(str(beside), beside.stat().st_size)
-
-
-def _read_list(path: Path) -> list[str]:
-    """Names in a list file; relative ones are relative to the list, `#` starts a comment."""
-    lines = (line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines())
-    names = [line for line in lines if line and not line.startswith("#")]
-    if any(Path(name).suffix.lower() in (".txt", ".list") for name in names):
-        raise UserError(f"list {path} names another list: name videos, folders or s3:// prefixes")
-    return [name if is_s3(name) else str(path.parent / Path(name).expanduser()) for name in names]
-
-
-def _list_folder(folder: Path) -> Iterator[Entry]:
-    """Files below `folder`, hidden folders left out."""
-    for parent, folders, files in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(files):
-            path = os.path.join(parent, name)
-            # A link whose target is gone has no size; reading it will say so.
-            yield Entry(path, os.path.getsize(path) if os.path.exists(path) else -1)
-
-
-def _list_prefix(uri: str) -> Iterator[Entry]:
-    """Objects under an `s3://` prefix."""
-    import botocore.exceptions
-
-    bucket, prefix = split_s3(uri)
-    pages = s3_client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
-    try:
-        for page in pages:
-            for item in page.get("Contents", ()):
-                if not item["Key"].endswith("/"):
-                    yield Entry(f"s3://{bucket}/{item['Key']}", int(item["Size"]))
-    except (botocore.exceptions.ClientError, botocore.exceptions.BotoCoreError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(
-            f"input {uri} cannot be listed ({reason}): check the bucket, and endpoint, region and "
-            "credentials in the environment"
-        ) from None

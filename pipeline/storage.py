@@ -1,4 +1,7 @@
-"""Local paths and `s3://` objects, read through one pair of functions."""
+"""Local paths, `s3://` objects and files inside tar archives, read by the same functions.
+
+An address may also be the content itself (`data:...`, RFC 2397).
+"""
 
 from __future__ import annotations
 
@@ -8,8 +11,12 @@ import io
 import os
 from pathlib import Path
 from typing import Any, BinaryIO
+from urllib.parse import unquote_to_bytes
+
+from pipeline.archives import Member
 
 READ_AHEAD = 1 << 20
+DATA_PREFIX = "data:"
 
 
 class StorageError(ConnectionError):
@@ -19,6 +26,11 @@ class StorageError(ConnectionError):
 def is_s3(uri: str) -> bool:
     """Whether `uri` names an object of an S3 store."""
     return uri.startswith("s3://")
+
+
+def is_local_file(uri: str) -> bool:
+    """Whether `uri` is a path that other libraries can open."""
+    return not is_s3(uri) and Member.parse(uri) is None
 
 
 def split_s3(uri: str) -> tuple[str, str]:
@@ -43,12 +55,34 @@ def _s3_client(process: int) -> Any:
 
 
 def open_video(uri: str) -> str | BinaryIO:
-    """What a decoder opens: the path itself, or a seekable file over an S3 object."""
-    return io.BufferedReader(S3Object(uri), READ_AHEAD) if is_s3(uri) else uri
+    """What a decoder opens: the path itself, or a seekable file over an S3 object or a member."""
+    return uri if is_local_file(uri) else open_binary(uri)
+
+
+def open_binary(uri: str) -> BinaryIO:
+    """A seekable file, whatever `uri` names."""
+    if member := Member.parse(uri):
+        span = FileSpan(member.archive, member.offset, member.size)
+        return io.BufferedReader(span, READ_AHEAD)
+    return io.BufferedReader(S3Object(uri), READ_AHEAD) if is_s3(uri) else Path(uri).open("rb")
+
+
+def file_size(uri: str) -> int:
+    """Bytes of a file, object or member; -1 where that fails, and reading will say why."""
+    if member := Member.parse(uri):
+        return member.size
+    try:
+        return S3Object(uri).size if is_s3(uri) else os.path.getsize(uri)
+    except OSError:
+        return -1
 
 
 def read_bytes(uri: str) -> bytes:
     """Whole content of a small file or object."""
+    if uri.startswith(DATA_PREFIX):
+        return unquote_to_bytes(uri.partition(",")[2].partition("#")[0])
+    if member := Member.parse(uri):
+        return read_span(member.archive, member.offset, member.size)
     if not is_s3(uri):
         return Path(uri).read_bytes()
     bucket, key = split_s3(uri)
@@ -59,6 +93,9 @@ def read_span(uri: str, start: int, length: int) -> bytes:
     """`length` bytes from byte `start`, fewer at the end of the file."""
     if length <= 0:
         return b""
+    if member := Member.parse(uri):
+        length = min(length, member.size - start)
+        return read_span(member.archive, member.offset + start, length)
     if not is_s3(uri):
         with Path(uri).open("rb") as file:
             file.seek(start)
@@ -80,9 +117,9 @@ def _call_s3(uri: str, operation: str, **arguments: Any) -> dict[str, Any]:
 
 def content_version(uri: str) -> str:
     """Changes when the content of a small file or object does; empty if it cannot be read."""
-    if not is_s3(uri):
+    if not is_s3(uri) or Member.parse(uri):
         try:
-            return hashlib.sha256(Path(uri).read_bytes()).hexdigest()
+            return hashlib.sha256(read_bytes(uri)).hexdigest()
         except OSError:
             return ""
     bucket, key = split_s3(uri)
@@ -92,13 +129,13 @@ def content_version(uri: str) -> str:
         return ""
 
 
-class S3Object(io.RawIOBase):
-    """Random access to one S3 object by ranged reads."""
+class FileSpan(io.RawIOBase):
+    """Random access to a span of a file or S3 object, as a file of its own."""
 
-    def __init__(self, uri: str) -> None:
-        bucket, key = split_s3(uri)
+    def __init__(self, uri: str, first: int, size: int) -> None:
         self.uri = uri
-        self.size = int(_call_s3(uri, "head_object", Bucket=bucket, Key=key)["ContentLength"])
+        self.first = first
+        self.size = size
         self.position = 0
 
     def readable(self) -> bool:
@@ -122,7 +159,16 @@ class S3Object(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         """Fill `buffer` from the current byte; returns the bytes read, 0 at the end."""
         length = min(len(buffer), self.size - self.position)
-        data = read_span(self.uri, self.position, length)
+        data = read_span(self.uri, self.first + self.position, length)
         buffer[: len(data)] = data
         self.position += len(data)
         return len(data)
+
+
+class S3Object(FileSpan):
+    """Random access to one S3 object by ranged reads."""
+
+    def __init__(self, uri: str) -> None:
+        bucket, key = split_s3(uri)
+        head = _call_s3(uri, "head_object", Bucket=bucket, Key=key)
+        super().__init__(uri, 0, int(head["ContentLength"]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -43,14 +44,19 @@ def write_video(
     rotation: int = 0,
     codec: str = "libx264",
     options: dict[str, str] | None = None,
+    pixels: str = "yuv420p",
+    pixel_aspect: Fraction | None = None,
 ) -> Path:
     """Encode RGB pictures; `ticks` of `time_base` give each its presentation time."""
+    defaults = {"crf": "12", "preset": "veryfast"} if codec == "libx264" else {}
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=fps)
         stream.height, stream.width = pictures[0].shape[:2]
-        stream.pix_fmt = "yuv420p"
-        stream.options = {"crf": "12", "preset": "veryfast", **(options or {})}
+        stream.pix_fmt = pixels
+        stream.options = {**defaults, **(options or {})}
+        if pixel_aspect is not None:
+            stream.codec_context.sample_aspect_ratio = pixel_aspect
         if time_base is not None:
             stream.codec_context.time_base = time_base
         if rotation:
@@ -191,3 +197,28 @@ def file_hashes(folder: Path) -> dict[str, bytes]:
         for path in sorted(folder.rglob("*"))
         if path.is_file()
     }
+
+
+@pytest.fixture
+def s3(monkeypatch):
+    """An S3 server on this machine, with one bucket."""
+    import boto3
+    from moto.server import ThreadedMotoServer
+
+    from pipeline import storage
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=port, verbose=False)
+    server.start()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    storage._s3_client.cache_clear()
+    client = boto3.client("s3")
+    client.create_bucket(Bucket="videos")
+    yield client
+    server.stop()
+    storage._s3_client.cache_clear()

@@ -1,8 +1,6 @@
 import os
-import socket
 from pathlib import Path
 
-import boto3
 import numpy as np
 import pytest
 from conftest import code_picture, read_code, write_video
@@ -107,28 +105,6 @@ def test_a_copy_elsewhere_does_not_move_a_source(tmp_path):
     first = extend_plan(tmp_path / "ds", list_sources([str(tmp_path / "a")]).sources, 2)
     second = extend_plan(tmp_path / "ds", list_sources([str(tmp_path / "b")]).sources, 2)
     assert second == first
-
-
-@pytest.fixture
-def s3(monkeypatch):
-    """An S3 server on this machine, with one bucket."""
-    from moto.server import ThreadedMotoServer
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=port, verbose=False)
-    server.start()
-    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
-    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    storage._s3_client.cache_clear()
-    client = boto3.client("s3")
-    client.create_bucket(Bucket="videos")
-    yield client
-    server.stop()
-    storage._s3_client.cache_clear()
 
 
 def test_s3_prefixes_are_listed_and_objects_are_read_like_files(s3, tmp_path):

@@ -1,0 +1,277 @@
+"""Walking inputs: folders, lists and tables of videos, WebDataset archives, S3 prefixes."""
+
+from __future__ import annotations
+
+import json
+import mimetypes
+import os
+import tarfile
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from pipeline.archives import (
+    ARCHIVE_SUFFIX,
+    COMPRESSED_SUFFIXES,
+    CompressedArchiveError,
+    Member,
+    list_members,
+)
+from pipeline.manifests import (
+    FOLDER_MANIFESTS,
+    ManifestError,
+    Note,
+    is_manifest,
+    read_manifest,
+    resolve,
+)
+from pipeline.signatures import SIGNATURE_BYTES, looks_like_video
+from pipeline.storage import (
+    file_size,
+    is_s3,
+    open_binary,
+    read_bytes,
+    read_span,
+    s3_client,
+    split_s3,
+)
+from streamdit.errors import UserError
+
+VIDEO_SUFFIXES = (
+    *(".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".m2ts", ".mts"),
+    *(".flv", ".wmv", ".3gp", ".ogv", ".y4m"),
+)
+SIDECAR_SUFFIXES = (".vtt", ".json", ".txt")
+LIST_SUFFIXES = (".txt", ".list")
+PARTIAL_SUFFIXES = (".part", ".partial", ".crdownload", ".download", ".tmp", ".temp", ".aria2")
+LOOKING_THREADS = 8
+NOTHING = Note()
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A file that may be a video."""
+
+    uri: str
+    size: int | None = None
+    """Bytes; none where nobody has looked yet, -1 where they cannot be told."""
+    note: Note = NOTHING
+    """What its archive says about it."""
+    sidecars: tuple[str, ...] = ()
+    """Caption files that lie in its archive."""
+
+
+@dataclass
+class Found:
+    """Files by what they are, before any video is opened."""
+
+    videos: dict[str, Entry] = field(default_factory=dict)
+    unknown: list[Entry] = field(default_factory=list)
+    beside: dict[str, set[str]] = field(default_factory=dict)
+    """Address without suffix to the suffixes of caption files there."""
+    notes: dict[str, Note] = field(default_factory=dict)
+    """Address of a video to what tables say about it."""
+    skipped: dict[str, int] = field(default_factory=dict)
+    """Reason to number of files left out."""
+    unreadable: list[tuple[str, Exception]] = field(default_factory=list)
+    """Archives and tables that cannot be read."""
+
+    def skip(self, reason: str) -> None:
+        """Count one file left out."""
+        self.skipped[reason] = self.skipped.get(reason, 0) + 1
+
+    def note(self, notes: dict[str, Note]) -> None:
+        """Add what a table says."""
+        for uri, note in notes.items():
+            self.notes[uri] = self.notes.get(uri, Note()) + note
+
+
+def find_files(inputs: Sequence[str]) -> Found:
+    """Every file that `inputs` stand for, sorted by what it is.
+
+    Raises:
+        UserError: if an input does not exist or cannot be listed, or a table is not understood.
+    """
+    found = Found()
+    for entry in _expand(inputs, found):
+        _sort_in(entry, found)
+    _look_inside(found)
+    return found
+
+
+def _sort_in(entry: Entry, found: Found) -> None:
+    """Put a file where it belongs."""
+    kind = _kind(entry.uri)
+    if kind == "video":
+        known = found.videos.get(entry.uri)
+        found.videos[entry.uri] = entry if known is None else replace(known, size=entry.size)
+    elif kind == "unknown":
+        found.unknown.append(entry)
+    elif kind == "sidecar":
+        stem, suffix = os.path.splitext(entry.uri)
+        found.beside.setdefault(stem, set()).add(suffix)
+    elif kind == "table":
+        try:
+            found.note(read_manifest(entry.uri))
+        except ManifestError as error:
+            found.unreadable.append((entry.uri, error))
+    elif kind == "archive":
+        try:
+            for member in _list_archive(entry.uri):
+                _sort_in(member, found)
+        except (OSError, tarfile.TarError, CompressedArchiveError) as error:
+            found.unreadable.append((entry.uri, error))
+    else:
+        found.skip(kind)
+
+
+def _kind(uri: str) -> str:
+    """What a file is by its name: one of the cases of :func:`_sort_in`, or why it is left out."""
+    name = uri.rsplit("/", 1)[-1].rsplit("#", 1)[-1]
+    stem, suffix = os.path.splitext(name)
+    if name.startswith("."):
+        return "hidden"
+    if suffix.lower() in PARTIAL_SUFFIXES or name.endswith("~"):
+        return "partial"
+    if suffix.lower() in VIDEO_SUFFIXES:
+        return "video"
+    if suffix in SIDECAR_SUFFIXES:
+        return "sidecar"
+    if name.lower() in FOLDER_MANIFESTS:
+        return "table"
+    if name.lower().endswith((ARCHIVE_SUFFIX, *COMPRESSED_SUFFIXES)):
+        return "archive"
+    return "not video" if mimetypes.guess_type(stem + suffix)[0] else "unknown"
+
+
+def _look_inside(found: Found) -> None:
+    """Tell videos among the files whose name says nothing."""
+    with ThreadPoolExecutor(LOOKING_THREADS) as pool:
+        for entry, is_video in zip(found.unknown, pool.map(_is_video, found.unknown), strict=True):
+            if is_video:
+                found.videos[entry.uri] = entry
+            else:
+                found.skip("not video")
+
+
+def _is_video(entry: Entry) -> bool:
+    try:
+        return looks_like_video(read_span(entry.uri, 0, SIGNATURE_BYTES))
+    except OSError:
+        return False
+
+
+def _expand(inputs: Iterable[str], found: Found) -> Iterator[Entry]:
+    """Files that `inputs` stand for; a single file brings the sidecars beside it."""
+    for name in inputs:
+        if is_s3(name) and not is_manifest(name):
+            yield from _list_prefix(name)
+            continue
+        path = name if is_s3(name) else str(Path(name).expanduser().absolute())
+        if os.path.isdir(path):
+            yield from _list_folder(Path(path))
+        elif not is_s3(name) and not os.path.exists(path):
+            raise UserError(f"input {name} does not exist: check the path")
+        elif is_manifest(path):
+            notes = read_manifest(path)
+            found.note(notes)
+            yield from _named(notes)
+        elif path.lower().endswith(LIST_SUFFIXES):
+            yield from _named(_read_list(Path(path)))
+        else:
+            yield from _with_sidecars(path)
+
+
+def _named(addresses: Iterable[str]) -> Iterator[Entry]:
+    """Files that a list or table names; one that is missing is the business of its dead letter."""
+    for address in addresses:
+        if not is_s3(address) and os.path.isdir(address):
+            yield from _list_folder(Path(address))
+        elif is_s3(address) and _kind(address) not in ("video", "archive"):
+            yield from _list_prefix(address)
+        elif is_s3(address):
+            yield Entry(address)
+        else:
+            yield from _with_sidecars(address)
+
+
+def _with_sidecars(path: str) -> Iterator[Entry]:
+    """A single local file, and the caption files beside it."""
+    yield Entry(path, file_size(path))
+    for suffix in SIDECAR_SUFFIXES:
+        beside = os.path.splitext(path)[0] + suffix
+        if os.path.exists(beside):
+            yield Entry(beside)
+
+
+def _read_list(path: Path) -> list[str]:
+    """Addresses in a list file; relative ones are relative to the list, `#` starts a comment."""
+    lines = (line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines())
+    names = [line for line in lines if line and not line.startswith("#")]
+    if any(name.lower().endswith(LIST_SUFFIXES) or is_manifest(name) for name in names):
+        raise UserError(
+            f"list {path} names another list or table: name videos, folders or s3:// prefixes, and "
+            "give further lists as inputs of their own"
+        )
+    return [resolve(name, str(path.parent)) for name in names]
+
+
+def _list_folder(folder: Path) -> Iterator[Entry]:
+    """Files below `folder`, hidden folders left out."""
+    for parent, folders, files in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(files):
+            path = os.path.join(parent, name)
+            # A link whose target is gone has no size; reading it will say so.
+            yield Entry(path, file_size(path))
+
+
+def _list_archive(uri: str) -> Iterator[Entry]:
+    """Videos in a WebDataset archive, with the captions and metadata of their samples."""
+    samples: dict[str, list[Member]] = {}
+    with open_binary(uri) as file:
+        for member in list_members(uri, file):
+            samples.setdefault(member.key, []).append(member)
+    for members in samples.values():
+        beside = [member for member in members if _kind(member.name) == "sidecar"]
+        captions = sorted(beside, key=lambda m: SIDECAR_SUFFIXES.index(_suffix(m.name)))
+        notes = {m: _read_note(m) for m in captions if _suffix(m.name) == ".json"}
+        files = tuple(m.uri for m in captions if notes.get(m) is None)
+        note = sum((note for note in notes.values() if note is not None), NOTHING)
+        for member in members:
+            if member not in beside:
+                yield Entry(member.uri, member.size, note, files)
+
+
+def _read_note(member: Member) -> Note | None:
+    """What the metadata of a WebDataset sample say; none where they are a caption file of ours."""
+    try:
+        values = json.loads(read_bytes(member.uri))
+        is_ours = not isinstance(values, dict) or "captions" in values
+        return None if is_ours else Note.of({str(k).lower(): v for k, v in values.items()})
+    except ValueError:
+        return None  # the caption reader says what is wrong with it
+
+
+def _suffix(name: str) -> str:
+    return os.path.splitext(name)[1]
+
+
+def _list_prefix(uri: str) -> Iterator[Entry]:
+    """Objects under an `s3://` prefix."""
+    import botocore.exceptions
+
+    bucket, prefix = split_s3(uri)
+    pages = s3_client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
+    try:
+        for page in pages:
+            for item in page.get("Contents", ()):
+                if not item["Key"].endswith("/"):
+                    yield Entry(f"s3://{bucket}/{item['Key']}", int(item["Size"]))
+    except (botocore.exceptions.ClientError, botocore.exceptions.BotoCoreError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"input {uri} cannot be listed ({reason}): check the bucket, and endpoint, region and "
+            "credentials in the environment"
+        ) from None
