@@ -55,7 +55,7 @@ def generate_batch(
     import torch
 
     import streamdit
-    from streamdit.stream import to_uint8
+    from streamdit.decoding import to_uint8
 
     loaded = streamdit.load(model)
     denoiser = loaded.denoiser(list(prompts), seeds, sampling)

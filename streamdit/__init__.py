@@ -11,11 +11,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from streamdit.denoiser import Denoiser
     from streamdit.errors import UserError
     from streamdit.io import StreamingModel, load
     from streamdit.model import StreamDiT
     from streamdit.partition import PartitionMixture, PartitionScheme
-    from streamdit.stream import Denoiser, Stream, StreamChunk
+    from streamdit.stream import Stream, StreamChunk
 
 __version__ = "0.1.0"
 
@@ -35,7 +36,7 @@ __all__ = [
 # Loaded when first asked for: processes that only decode video or read a configuration import
 # `streamdit.config` without paying for PyTorch.
 _HOMES = {
-    "Denoiser": "streamdit.stream",
+    "Denoiser": "streamdit.denoiser",
     "PartitionMixture": "streamdit.partition",
     "PartitionScheme": "streamdit.partition",
     "Stream": "streamdit.stream",

@@ -24,6 +24,8 @@ from torch import Tensor
 
 from streamdit.autoencoder.base import Autoencoder
 from streamdit.config import AutoencoderIdentity, SamplingConfig, StreamDiTConfig
+from streamdit.decoding import DecoderConfig
+from streamdit.denoiser import Denoiser
 from streamdit.errors import UserError
 from streamdit.hashing import file_sha256
 from streamdit.model import StreamDiT
@@ -32,7 +34,7 @@ from streamdit.partition import PartitionScheme
 from streamdit.schemes import check_references, check_scheme, check_start
 from streamdit.start import Guide, StreamStart, encode_frames
 from streamdit.state import load_state
-from streamdit.stream import Denoiser, Stream
+from streamdit.stream import Stream
 from streamdit.text.base import TextEncoders
 
 CONFIG_FILE = "config.json"
@@ -253,6 +255,7 @@ class StreamingModel:
         guide: Guide | None = None,
         history: Tensor | None = None,
         fast: FastConfig | None = DEFAULT_FAST,
+        decoder: DecoderConfig | None = None,
     ) -> Stream:
         """Start a stream; iterate it for chunks, assign its `prompt` to steer it.
 
@@ -264,9 +267,10 @@ class StreamingModel:
             history: latents of a video to continue (see :meth:`latents`); its last K frames are
                 the first references, so the scheme needs K > 0.
             fast: which optimisations the steps run with; None: the network as it is.
+            decoder: how to decode; default: as the autoencoder is, chunk by chunk.
         """
         denoiser = self.denoiser([prompt], [seed], sampling, guide, history, fast)
-        return Stream(denoiser, self.autoencoder, self.text_encoders, prompt, history)
+        return Stream(denoiser, self.autoencoder, self.text_encoders, prompt, history, decoder)
 
     def latents(self, frames: np.ndarray) -> Tensor:
         """Normalised latents `[1, f, C, h, w]` of frames uint8 `[n, H, W, 3]`, fitted in size."""
@@ -285,7 +289,12 @@ class StreamingModel:
             frames = frames.repeat(held, axis=0)
         return Guide(self.latents(frames), strength, self.config.partition.sigma_min)
 
-    def resume(self, path: Path | str, fast: FastConfig | None = DEFAULT_FAST) -> Stream:
+    def resume(
+        self,
+        path: Path | str,
+        fast: FastConfig | None = DEFAULT_FAST,
+        decoder: DecoderConfig | None = None,
+    ) -> Stream:
         """Continue a stream that :meth:`Stream.save` wrote, bit for bit, in this process.
 
         Raises:
@@ -302,7 +311,9 @@ class StreamingModel:
         )
         references = state["denoiser"]["buffer"] if plan["references_given"] else None
         denoiser = self.denoiser([""], state["denoiser"]["seeds"], sampling, None, references, fast)
-        stream = Stream(denoiser, self.autoencoder, self.text_encoders, state["prompt"])
+        stream = Stream(
+            denoiser, self.autoencoder, self.text_encoders, state["prompt"], decoder=decoder
+        )
         stream.restore(state)
         return stream
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -93,8 +94,7 @@ class Autoencoder(nn.Module, ABC):
         return latents / scale + shift
 
     def _statistics(self, latents: Tensor) -> tuple[Tensor, Tensor]:
-        shift, scale = latent_statistics(self.identity)
-        return shift.to(latents), scale.to(latents)
+        return _statistics_on(self.identity, latents.device, latents.dtype)
 
 
 def latent_statistics(identity: AutoencoderIdentity) -> tuple[Tensor, Tensor]:
@@ -103,3 +103,12 @@ def latent_statistics(identity: AutoencoderIdentity) -> tuple[Tensor, Tensor]:
         torch.tensor(identity.shift).view(-1, 1, 1),
         torch.tensor(identity.scale).view(-1, 1, 1),
     )
+
+
+@lru_cache(maxsize=64)
+def _statistics_on(
+    identity: AutoencoderIdentity, device: torch.device, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Kept, since copying them at every chunk of a stream would make the host wait."""
+    shift, scale = latent_statistics(identity)
+    return shift.to(device, dtype), scale.to(device, dtype)

@@ -11,8 +11,8 @@ from evaluation.sheets import read_video, write_video
 from jobs.cli import app
 from jobs.generate import PromptChange, parse_prompt, stream_frames
 from jobs.sources import read_source
+from streamdit.decoding import to_uint8
 from streamdit.errors import UserError
-from streamdit.stream import to_uint8
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ from model_directory import write_model_directory
 
 import streamdit
 from streamdit.config import SamplingConfig
-from streamdit.stream import to_uint8
+from streamdit.decoding import to_uint8
 
 
 @pytest.fixture(scope="module")

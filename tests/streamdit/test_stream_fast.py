@@ -8,6 +8,7 @@ from no_host_reads import NoHostReads
 
 import streamdit
 from streamdit.config import SamplingConfig
+from streamdit.decoding import DecoderConfig
 from streamdit.model.fast import FastConfig
 
 SCHEMES = {
@@ -55,3 +56,63 @@ def test_a_running_stream_reads_no_tensor_on_the_host(model, scheme):
     with NoHostReads():
         for _ in range(denoiser.schedule.fill_steps + 4):
             denoiser.step()
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_decoding_ahead_shows_the_same_video(model, scheme):
+    plain = model.stream("a red circle", sampling=SCHEMES[scheme])
+    ahead = model.stream(
+        "a red circle", sampling=SCHEMES[scheme], decoder=DecoderConfig(overlap=True)
+    )
+    for _ in range(5):
+        expected, found = next(plain), next(ahead)
+        assert found.first_frame == expected.first_frame
+        assert np.array_equal(found.frames, expected.frames)
+
+
+def test_decoding_ahead_shows_a_new_prompt_one_chunk_later(model):
+    plain = model.stream("a red circle")
+    ahead = model.stream("a red circle", decoder=DecoderConfig(overlap=True))
+    played(plain, 2), played(ahead, 1)
+    plain.prompt = ahead.prompt = "a blue square"
+    before = next(ahead)
+    assert before.prompt_version == 0
+    for _ in range(3):
+        expected, found = next(plain), next(ahead)
+        assert found.prompt_version == expected.prompt_version == 1
+        assert np.array_equal(found.frames, expected.frames)
+
+
+def test_stream_that_decodes_ahead_is_saved_with_the_chunk_under_way(model, tmp_path):
+    options = {"decoder": DecoderConfig(overlap=True)}
+    stream = model.stream("a red circle", **options)
+    played(stream, 2)
+    path = stream.save(tmp_path / "stream.safetensors")
+    expected = [next(stream) for _ in range(3)]
+    # The chunk under way is handed out whether or not the other stream works ahead.
+    for other in (model.resume(path, **options), model.resume(path)):
+        for chunk in expected:
+            found = next(other)
+            assert (found.first_frame, found.prompt_version) == (chunk.first_frame, 0)
+            assert np.array_equal(found.frames, chunk.frames)
+
+
+@pytest.mark.parametrize(
+    ("options", "tolerance"), [({"channels_last": True}, 1), ({"bfloat16": True}, 4)]
+)
+def test_decoder_options_leave_the_pictures_within_the_stated_levels(model, options, tolerance):
+    """Of 255: one for the order of sums, four for bfloat16."""
+    plain = played(model.stream("a red circle", seed=5), 3)
+    other = played(model.stream("a red circle", seed=5, decoder=DecoderConfig(**options)), 3)
+    assert np.abs(plain - other).max() <= tolerance
+    assert next(model.autoencoder.parameters()).dtype == torch.float32
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_denoising_and_decoding_on_two_device_streams_shows_the_same_video(tmp_path):
+    model = streamdit.load(write_model_directory(tmp_path), device="cuda", dtype=torch.float32)
+    plain = played(model.stream("a red circle", fast=None), 6)
+    fast = FastConfig(cuda_graph=True)
+    both = model.stream("a red circle", fast=fast, decoder=DecoderConfig(overlap=True))
+    assert np.abs(plain - played(both, 6)).max() <= 2

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from streamdit.config import GammaConfig
+from streamdit.denoiser import Denoiser, frame_noise
 from streamdit.partition import PartitionScheme
-from streamdit.stream import Denoiser, frame_noise
 from streamdit.text import TextStates
 
 SHAPE = (2, 3, 3)

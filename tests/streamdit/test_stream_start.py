@@ -14,12 +14,12 @@ from streamdit.config import (
     PartitionEntry,
     SamplingConfig,
 )
+from streamdit.denoiser import Denoiser, frame_noise
 from streamdit.errors import UserError
 from streamdit.flow import interpolate
 from streamdit.partition import PartitionScheme
 from streamdit.schedule import StreamSchedule
 from streamdit.start import Guide, StreamStart, fit_frames
-from streamdit.stream import Denoiser, frame_noise
 from streamdit.text import TextStates
 
 SHAPE = (2, 3, 3)
