@@ -142,14 +142,14 @@ def run_demo(settings: DemoSettings, out: Path) -> Path:
         )
     with clock.stage("2/8 Curate and annotate"):
         with progress("curate") as shown:
-            curated = curate([str(out / "world")], dataset, settings.ingest, shown)
+            curated = curate([str(out / "world")], dataset, settings.ingest, shown, replace=True)
         with progress("annotate") as shown:
             annotate(dataset, settings.ingest, shown)
         say(f"{curated.sources} videos, {curated.clips} clips, {curated.dead} dead inputs")
     with clock.stage("3/8 Train the autoencoder"):
         autoencoder = train_tracked(dataset, out / "autoencoder", settings.autoencoder, tracking)
     with clock.stage("4/8 Encode latents"), progress("encode") as shown:
-        encode(dataset, str(out / "autoencoder"), settings.ingest, shown)
+        encode(dataset, str(out / "autoencoder"), settings.ingest, shown, replace=True)
     with clock.stage("5/8 Train StreamDiT"):
         teacher = launch(training_job(train_config, dataset, out / "teacher", name="teacher"))
     with clock.stage("6/8 Distil"):

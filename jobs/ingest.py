@@ -111,7 +111,9 @@ def check_request(
             "encode needs --autoencoder: train one with `streamdit ingest ... --only curate` and "
             f"`streamdit train-autoencoder {dataset} --out DIR`, or name a diffusers VAE"
         )
-    latent_shape(load_autoencoder(autoencoder), config.clip)
+    loaded = load_autoencoder(autoencoder)
+    for shape in config.clip.shapes:
+        latent_shape(loaded, shape)
 
 
 def run_stages(
@@ -165,11 +167,11 @@ def annotated_facts(summary: AnnotateSummary) -> dict[str, str]:
 
 def encoded_facts(summary: EncodeSummary, config: IngestConfig) -> dict[str, str]:
     """What there is to train on."""
-    seconds = summary.clips * config.clip.duration_s
+    buckets = ", ".join(shape.name for shape in config.clip.shapes)
     return {
         "selected": f"{summary.clips:,} clips by {config.selection.expression!r}, "
-        f"{format_duration(seconds)} together, {summary.held_out:,} of them held out",
-        "latents": f"{format_bytes(summary.latent_bytes)}, clips of {config.clip.bucket} "
+        f"{format_duration(summary.video_s)} together, {summary.held_out:,} of them held out",
+        "latents": f"{format_bytes(summary.latent_bytes)}, clips of {buckets} "
         f"at {config.clip.fps:g} FPS",
     }
 

@@ -5,31 +5,31 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 
-from pipeline.captions import CaptionFileError, CocaCaptioner, Cue, caption_for, read_cues
-from pipeline.child import ChildError, describe_error
+from pipeline.captioners import Caption, Captioner, build_captioner
+from pipeline.child import ChildError
 from pipeline.config import IngestConfig
-from pipeline.dead_letters import DeadLetter, write_dead_letters
+from pipeline.dead_letters import DeadLetter, DeadLimit, quarantined, write_dead_letters
 from pipeline.decode import sample_frames
 from pipeline.graph import OnProgress, Row, result_row, run_stage, run_units
-from pipeline.ledger import Ledger, Marker, fingerprint
+from pipeline.ledger import Ledger, Marker, Wanted, fingerprint, require_markers
 from pipeline.plan import Unit, require_plan
-from pipeline.schema import ANNOTATION_SCHEMA, CLIP_SCHEMA
+from pipeline.schema import ANNOTATION_SCHEMA
 from pipeline.scores import colourfulness
-from pipeline.shards import file_name, write_table
+from pipeline.settings import adopt_settings
+from pipeline.shards import file_name, read_rows, write_table
 from pipeline.sources import Source
-from pipeline.storage import content_version
-from streamdit.errors import UserError
+from pipeline.storage import DATA_PREFIX, content_version
+from pipeline.store import DatasetPath, Store, open_store
 
 STAGE = "annotate"
 REVISION = 1
 PICTURE_HEIGHT = 256
 VERSION_THREADS = 8
+CLIPS_INPUT = "clips"
 
 
 @dataclass(frozen=True)
@@ -43,58 +43,57 @@ class AnnotateSummary:
     missing: int
     """Clips that no caption describes."""
     failed: int
-    """Clips whose caption file or picture could not be read."""
+    """Clips whose caption file or picture could not be read, or that a captioner refused."""
     dead: int
     """Dead letters of this stage."""
 
 
 def annotate(
-    dataset_dir: Path | str, config: IngestConfig, on_progress: OnProgress | None = None
+    dataset_dir: DatasetPath,
+    config: IngestConfig,
+    on_progress: OnProgress | None = None,
+    *,
+    retry_dead: bool = False,
 ) -> AnnotateSummary:
     """Write captions and scores of the clips that `curate` found.
 
-    Units whose clips, caption files and settings have not changed are skipped.
+    Units whose clips, caption files and settings have not changed are skipped; of the others, what
+    is known already about a clip is kept.
 
     Args:
-        dataset_dir: dataset directory.
+        dataset_dir: dataset directory or `s3://` prefix.
         config: ingestion configuration.
         on_progress: called with units done, units in all and totals, as units finish.
+        retry_dead: try again whatever failed before.
 
     Raises:
-        UserError: if `curate` has not finished, or the caption model cannot be loaded.
+        UserError: if `curate` has not finished, too many clips fail, or the caption model cannot
+            be used.
     """
-    dataset = Path(dataset_dir)
-    units = require_plan(dataset)
-    clips = {unit.name: require_marker(dataset, "curate", unit.name) for unit in units}
-    with ThreadPoolExecutor(VERSION_THREADS) as pool:
-        versions = pool.map(_sidecar_versions, units)
-    wanted = {
-        unit.name: fingerprint(
-            STAGE,
-            REVISION,
-            [record.sha256 for record in clips[unit.name].files if record.kind == "clip"],
-            beside if config.captions.captioner == "sidecar" else [],
-            config.captions,
-            config.threads,
-        )
-        for unit, beside in zip(units, versions, strict=True)
-    }
-    ledger = Ledger(dataset, STAGE)
-    done = {
-        name: marker.counters
-        for name, print_ in wanted.items()
-        if (marker := ledger.read_done(name, print_))
-    }
+    store = open_store(dataset_dir)
+    units = require_plan(store)
+    settings = adopt_settings(store, STAGE, annotate_settings(config), config)
+    wanted = annotate_wanted(store, units, config, settings)
+    ledger = Ledger(store, STAGE)
+    done = ledger.read_done(wanted, retry_dead)
     tasks = [
-        {"unit": unit.to_json(), "fingerprint": wanted[unit.name]}
+        {
+            "unit": unit.to_json(),
+            "wanted": wanted[unit.name].model_dump_json(),
+            "retry_dead": retry_dead,
+        }
         for unit in units
         if unit.name not in done
     ]
-    constructor = {"dataset_dir": str(dataset.absolute()), "config": config}
+    constructor = {"dataset_dir": store.root, "config": config}
     results = run_units(
         tasks, AnnotateUnit, constructor=constructor, workers=config.workers, cpus=config.threads
     )
-    totals = run_stage(list(wanted), done, results, on_progress)
+    limit = DeadLimit(store, STAGE, config.limits)
+    counters = {name: marker.counters for name, marker in done.items()}
+    totals = run_stage(list(wanted), counters, results, on_progress, limit)
+    if tasks:
+        ledger.sweep(ledger.read_all(wanted).values())
     return AnnotateSummary(
         clips=int(totals.get("clips", 0)),
         captions=int(totals.get("captions", 0)),
@@ -104,25 +103,42 @@ def annotate(
     )
 
 
-def require_marker(dataset: Path, stage: str, unit: str) -> Marker:
-    """The marker that an earlier stage left for a unit.
+def annotate_settings(config: IngestConfig) -> dict[str, Any]:
+    """Everything that annotations depend on, apart from clips and caption files."""
+    return {"revision": REVISION, "captions": config.captions.content, "threads": config.threads}
+
+
+def annotate_wanted(
+    store: Store, units: Sequence[Unit], config: IngestConfig, settings: str
+) -> dict[str, Wanted]:
+    """What the annotations of each unit depend on: its clip table, and its caption files.
 
     Raises:
-        UserError: if that stage has not finished it.
+        UserError: if a unit is not curated.
     """
-    marker = Ledger(dataset, stage).read(unit)
-    if marker is None:
-        raise UserError(
-            f"dataset {dataset} is not finished with {stage} (unit {unit}): run "
-            f"`streamdit ingest --only {stage}` (again) first"
-        )
-    return marker
+    with_files = config.captions.captioner == "sidecar"
+    uris = [uri for unit in units for uri in sidecar_uris(unit)] if with_files else []
+    with ThreadPoolExecutor(VERSION_THREADS) as pool:
+        versions = dict(zip(uris, pool.map(content_version, uris), strict=True))
+    wanted = {}
+    markers = require_markers(store, "curate", [unit.name for unit in units])
+    for unit in units:
+        tables = markers[unit.name].files
+        clips = ",".join(record.sha256 for record in tables if record.kind == "clip")
+        beside = sidecar_uris(unit) if with_files else []
+        files = {sidecar_key(uri): versions[uri] for uri in beside}
+        wanted[unit.name] = Wanted(settings=settings, inputs={CLIPS_INPUT: clips, **files})
+    return wanted
 
 
-def unit_rows(dataset: Path, marker: Marker, kind: str) -> list[dict[str, Any]]:
-    """Rows of the tables of one kind that a marker lists."""
-    tables = [record.path for record in marker.files if record.kind == kind]
-    return [row for path in tables for row in pq.read_table(dataset / path).to_pylist()]
+def sidecar_key(uri: str) -> str:
+    """Name of a caption file among the inputs of a unit; captions given in a table are hashed."""
+    return fingerprint(uri) if uri.startswith(DATA_PREFIX) else uri
+
+
+def sidecar_uris(unit: Unit) -> list[str]:
+    """Caption files of a unit."""
+    return [uri for source in unit.sources for uri in source.sidecars]
 
 
 class AnnotateUnit:
@@ -130,40 +146,35 @@ class AnnotateUnit:
 
     def __init__(self, dataset_dir: str, config: IngestConfig) -> None:
         """Load the caption model, where there is one."""
-        self.dataset = Path(dataset_dir)
-        self.config = config
-        self.captioner: CocaCaptioner | None = None
-        if config.captions.captioner == "coca":
-            import torch
+        import torch
 
-            torch.set_num_threads(config.threads)
-            self.captioner = CocaCaptioner(
-                config.captions.model,
-                config.captions.pretrained,
-                config.captions.batch,
-                config.captions.max_tokens,
-                device="cuda" if torch.cuda.is_available() else "cpu",
-            )
+        torch.set_num_threads(config.threads)
+        self.store = open_store(dataset_dir)
+        self.config = config
+        self.captioner: Captioner = build_captioner(config.captions)
 
     def __call__(self, row: Row) -> Iterable[Row]:
         """Annotate the clips of one unit."""
-        unit = Unit.from_json(row["unit"])
-        ledger = Ledger(self.dataset, STAGE)
-        attempt = ledger.attempt(unit.name, row["fingerprint"])
-        clips = unit_rows(self.dataset, require_marker(self.dataset, "curate", unit.name), "clip")
-        assert all(set(clip) == set(CLIP_SCHEMA.names) for clip in clips)
+        unit, wanted = Unit.from_json(row["unit"]), Wanted.model_validate_json(row["wanted"])
+        ledger = Ledger(self.store, STAGE)
+        attempt = ledger.attempt(unit.name, wanted)
+        curated = require_markers(self.store, "curate", [unit.name])[unit.name]
+        clips = read_rows(self.store, curated, "clip")
+        before = self._settled(ledger.read(unit.name), wanted)
+        letters = {} if row["retry_dead"] else quarantined(self.store, [STAGE], unit.name)
         annotations: list[dict[str, Any]] = []
         dead: list[DeadLetter] = []
         for source in unit.sources:
             mine = [clip for clip in clips if clip["source_id"] == source.source_id]
             if mine:
-                rows, failures = self._annotate_source(source, mine, attempt)
+                letter = letters.get(source.source_id)
+                rows, failures = self._annotate_source(source, mine, before, letter, attempt)
                 annotations.extend(rows)
                 dead.extend(failures)
         annotations.sort(key=lambda annotation: annotation["clip_id"])
         path = file_name("annotation", unit.name)
-        record = write_table(self.dataset, path, "annotation", annotations, ANNOTATION_SCHEMA)
-        write_dead_letters(self.dataset, STAGE, unit.name, dead)
+        record = write_table(self.store, path, "annotation", annotations, ANNOTATION_SCHEMA)
+        write_dead_letters(self.store, STAGE, unit.name, dead)
         statuses = [annotation["caption_status"] for annotation in annotations]
         counters: dict[str, float] = {
             "clips": len(annotations),
@@ -172,55 +183,52 @@ class AnnotateUnit:
             "failed": statuses.count("failed"),
             "dead": len(dead),
             "retryable": sum(letter.retryable for letter in dead),
+            "inputs": len(annotations),
+            "lost": sum(is_lost(annotation) for annotation in annotations),
         }
-        ledger.finish(unit.name, row["fingerprint"], [record], counters)
+        ledger.finish(unit.name, wanted, [record], counters, attempt)
         return [result_row(unit.name, counters)]
 
-    def _annotate_source(
-        self, source: Source, clips: list[dict[str, Any]], attempt: int
-    ) -> tuple[list[dict[str, Any]], list[DeadLetter]]:
-        """Rows for the clips of one video, and what failed on the way."""
-        dead: list[DeadLetter] = []
-
-        def failed(error: ChildError) -> None:
-            dead.append(
-                DeadLetter.of(
-                    error,
-                    source_id=source.source_id,
-                    uri=source.uri,
-                    stage=STAGE,
-                    attempts=attempt,
-                )
-            )
-
-        pictures: list[list[np.ndarray]] | None = None
+    def _settled(self, marker: Marker | None, wanted: Wanted) -> dict[str, Row]:
+        """Rows by clip id that an earlier run with the same settings wrote without a failure."""
+        if marker is None or marker.settings != wanted.settings:
+            return {}
         try:
-            pictures = self._sample(source, clips)
-        except ChildError as error:
-            failed(error)
-        if self.captioner is None:
+            rows = read_rows(self.store, marker, "annotation")
+        except OSError:
+            return {}
+        return {row["clip_id"]: row for row in rows if not is_lost(row)}
+
+    def _annotate_source(
+        self,
+        source: Source,
+        clips: list[Row],
+        before: dict[str, Row],
+        quarantine: DeadLetter | None,
+        attempt: int,
+    ) -> tuple[list[Row], list[DeadLetter]]:
+        """Rows for the clips of one video, and what failed on the way."""
+        fresh = [clip for clip in clips if clip["clip_id"] not in before]
+        pictures: dict[str, list[np.ndarray]] = {}
+        dead: list[DeadLetter] = [quarantine] if quarantine else []
+        if fresh and not quarantine:
             try:
-                captions = sidecar_captions(source, clips)
-            except (CaptionFileError, OSError) as error:
-                failed(ChildError(*describe_error(error)))
-                captions = [("", "", "failed")] * len(clips)
-        else:
-            captions = self._describe(self.captioner, pictures, len(clips))
+                pictures = self._sample(source, fresh)
+            except ChildError as error:
+                dead.append(_letter(error, source, attempt))
+        asked = fresh if self.captioner.reads_pictures else clips
+        captions = self.captioner.describe(source, asked, pictures)
+        dead += _caption_letters(source, asked, captions, self.captioner, attempt)
         rows = []
-        for i, (clip, (caption, model, status)) in enumerate(zip(clips, captions, strict=True)):
-            rows.append(
-                {
-                    "clip_id": clip["clip_id"],
-                    "caption": caption,
-                    "caption_model": model,
-                    "caption_status": status,
-                    "colourfulness": None if pictures is None else colourfulness(pictures[i]),
-                }
-            )
+        for clip in clips:
+            clip_id = clip["clip_id"]
+            scores = before.get(clip_id) or {"colourfulness": _score(pictures.get(clip_id))}
+            caption = _columns(captions[clip_id]) if clip_id in captions else {}
+            rows.append({"clip_id": clip_id, **scores, **caption})
         return rows, dead
 
-    def _sample(self, source: Source, clips: list[dict[str, Any]]) -> list[list[np.ndarray]]:
-        """A few pictures of each clip, in order."""
+    def _sample(self, source: Source, clips: list[Row]) -> dict[str, list[np.ndarray]]:
+        """A few pictures of each clip, in order of time, by clip id."""
         count = self.config.captions.frames
         times = [
             clip["start_s"] + (i + 0.5) / count * (clip["end_s"] - clip["start_s"])
@@ -229,37 +237,56 @@ class AnnotateUnit:
         ]
         deadline_s, threads = self.config.decode.deadline_s, self.config.threads
         pictures = sample_frames(source.uri, times, PICTURE_HEIGHT, deadline_s, threads)
-        return [pictures[i : i + count] for i in range(0, len(pictures), count)]
-
-    def _describe(
-        self, captioner: CocaCaptioner, pictures: list[list[np.ndarray]] | None, clips: int
-    ) -> list[tuple[str, str, str]]:
-        """CoCa's captions of the middle pictures."""
-        if pictures is None:
-            return [("", "", "failed")] * clips
-        name = f"coca:{self.config.captions.model}"
-        texts = captioner.caption([several[len(several) // 2] for several in pictures])
-        return [(text, name, "ok" if text else "missing") for text in texts]
+        assert len(pictures) == len(times)
+        return {
+            clip["clip_id"]: pictures[i * count : (i + 1) * count] for i, clip in enumerate(clips)
+        }
 
 
-def sidecar_captions(source: Source, clips: Sequence[dict[str, Any]]) -> list[tuple[str, str, str]]:
-    """Caption, its origin and status for each clip, from the first file that describes it.
+def is_lost(annotation: Row) -> bool:
+    """Whether a caption or a score of this clip could not be had."""
+    return annotation["caption_status"] == "failed" or annotation["colourfulness"] is None
 
-    Raises:
-        CaptionFileError: if a caption file cannot be understood.
-        OSError: if it cannot be read.
-    """
-    cues: list[tuple[str, list[Cue]]] = [
-        (f"sidecar:{uri.rsplit('.', 1)[-1]}", read_cues(uri)) for uri in source.sidecars
-    ]
-    found = []
+
+def _score(pictures: list[np.ndarray] | None) -> float | None:
+    return None if pictures is None else colourfulness(pictures)
+
+
+def _columns(caption: Caption) -> Row:
+    return {
+        "caption": caption.text,
+        "caption_model": caption.model,
+        "caption_status": caption.status,
+    }
+
+
+def _caption_letters(
+    source: Source,
+    clips: Sequence[Row],
+    captions: dict[str, Caption],
+    captioner: Captioner,
+    attempt: int,
+) -> list[DeadLetter]:
+    """A dead letter for each reason: by clip where clips are asked about one by one."""
+    letters: dict[int, DeadLetter] = {}
     for clip in clips:
-        described = ((caption_for(c, clip["start_s"], clip["end_s"]), name) for name, c in cues)
-        caption, name = next(((text, name) for text, name in described if text), ("", ""))
-        found.append((caption, name, "ok" if caption else "missing"))
-    return found
+        if error := captions[clip["clip_id"]].error:
+            span = (clip["start_s"], clip["end_s"]) if captioner.reads_pictures else (None, None)
+            letters.setdefault(id(error), _letter(error, source, attempt, span))
+    return list(letters.values())
 
 
-def _sidecar_versions(unit: Unit) -> list[list[str]]:
-    """Which caption files a unit has, and which content."""
-    return [[uri, content_version(uri)] for source in unit.sources for uri in source.sidecars]
+def _letter(
+    error: ChildError,
+    source: Source,
+    attempt: int,
+    span: tuple[float, float] | tuple[None, None] = (None, None),
+) -> DeadLetter:
+    return DeadLetter.of(
+        error,
+        source_id=source.source_id,
+        uri=source.uri,
+        stage=STAGE,
+        attempts=attempt,
+        span=span,
+    )

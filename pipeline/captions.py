@@ -1,4 +1,4 @@
-"""Captions: from files beside the video, or from open_clip's CoCa."""
+"""Captions from time-coded files beside the video."""
 
 from __future__ import annotations
 
@@ -9,12 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor
-
 from pipeline.storage import read_bytes
-from streamdit.errors import UserError
 
 _TIMING = re.compile(r"^\s*(\S+)\s+-->\s+(\S+)")
 _TAG = re.compile(r"<[^>]*>")
@@ -125,111 +120,3 @@ def _non_empty(cues: list[Cue]) -> list[Cue]:
     """Cues with white space collapsed, those without words left out."""
     cleaned = [Cue(" ".join(cue.text.split()), cue.start_s, cue.end_s) for cue in cues]
     return [cue for cue in cleaned if cue.text]
-
-
-class CocaCaptioner:
-    """Greedy captions from open_clip's CoCa, batched.
-
-    CoCa's own `generate` needs a class that transformers no longer has, so tokens are drawn here
-    from its forward pass; the pictures are encoded once.
-    """
-
-    def __init__(
-        self, model: str, pretrained: str | None, batch: int, max_tokens: int, device: str = "cpu"
-    ) -> None:
-        """Load the model.
-
-        Args:
-            model: open_clip model name, `hf-hub:org/name` or `local-dir:/path`.
-            pretrained: weights tag or checkpoint path of a named model.
-            batch: pictures at once.
-            max_tokens: longest caption.
-            device: torch device.
-
-        Raises:
-            UserError: if it cannot be loaded or is not a CoCa.
-        """
-        import open_clip
-        from open_clip.coca_model import CoCa
-
-        named = ":" not in model
-        if named and pretrained is None:
-            raise UserError(
-                f"captions.model {model!r} has no weights: set captions.pretrained to a tag or a "
-                "checkpoint file"
-            )
-        try:
-            network, _, self.preprocess = open_clip.create_model_and_transforms(
-                model, pretrained=pretrained if named else None, device=device
-            )
-            self.tokenizer: Any = open_clip.get_tokenizer(model)
-        except (OSError, RuntimeError, ValueError) as error:
-            reason = " ".join(str(error).split())[:300]
-            raise UserError(
-                f"captions.model {model!r} cannot be loaded ({reason}): check captions.model and "
-                "captions.pretrained"
-            ) from None
-        if not isinstance(network, CoCa):
-            raise UserError(
-                f"captions.model {model!r} writes no text: choose a CoCa, e.g. coca_ViT-L-14"
-            )
-        if not hasattr(self.tokenizer, "sot_token_id"):
-            raise UserError(
-                f"captions.model {model!r} uses another tokenizer than CLIP's: choose "
-                "coca_ViT-B-32 or coca_ViT-L-14"
-            )
-        self.network = network.eval()
-        self.batch = batch
-        self.max_tokens = min(max_tokens, network.context_length)
-        self.device = device
-
-    @torch.no_grad()
-    def caption(self, pictures: Sequence[np.ndarray]) -> list[str]:
-        """Describe RGB pictures `uint8 [h, w, 3]`, each by itself."""
-        captions: list[str] = []
-        for first in range(0, len(pictures), self.batch):
-            captions.extend(self._caption_batch(pictures[first : first + self.batch]))
-        return captions
-
-    def _caption_batch(self, pictures: Sequence[np.ndarray]) -> list[str]:
-        from PIL import Image
-
-        images = torch.stack([self.preprocess(Image.fromarray(p)) for p in pictures])
-        tokens = self.decode_greedily(images.to(self.device))
-        return [self._to_text(row) for row in tokens.tolist()]
-
-    def decode_greedily(self, images: Tensor) -> Tensor:
-        """Likeliest next token, one after another.
-
-        Args:
-            images: preprocessed, `[b, 3, H, W]`.
-
-        Returns:
-            Tokens `[b, l]` int64: start, words, end, then padding.
-        """
-        start, end = self.tokenizer.sot_token_id, self.tokenizer.eot_token_id
-        padding = self.network.pad_id
-        features = self.network(images)
-        tokens = torch.full((len(images), 1), start, dtype=torch.long, device=images.device)
-        ended = torch.zeros(len(images), dtype=torch.bool, device=images.device)
-        while tokens.shape[1] < self.max_tokens and not ended.all():
-            logits = self.network(
-                None,
-                tokens,
-                image_latent=features["image_features"],
-                image_embs=features["image_embs"],
-                output_labels=False,
-            )["logits"][:, -1]
-            logits[:, [start, padding]] = float("-inf")
-            if tokens.shape[1] == 1:
-                logits[:, end] = float("-inf")  # a caption has at least one word
-            chosen = logits.argmax(dim=-1).masked_fill(ended, padding)
-            ended |= chosen == end
-            tokens = torch.cat([tokens, chosen[:, None]], dim=1)
-        return tokens
-
-    def _to_text(self, tokens: list[int]) -> str:
-        """Words between the start and the end token."""
-        end = self.tokenizer.eot_token_id
-        words = tokens[1 : tokens.index(end)] if end in tokens else tokens[1:]
-        return " ".join(self.tokenizer.decode(words).split())

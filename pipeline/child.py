@@ -22,6 +22,9 @@ from pathlib import Path
 from typing import Any
 
 ALARM_GRACE_S = 10
+CRASHED = "DecoderCrashed"
+TIMED_OUT = "DeadlineExceeded"
+"""Error classes of a call that took its process with it, or its deadline."""
 
 
 class ChildError(RuntimeError):
@@ -41,8 +44,15 @@ class Child:
     the one before is used, and waits with its own result until that is asked for.
     """
 
-    def __init__(self, threads: int = 1) -> None:
+    def __init__(self, threads: int = 1, inherited: tuple[int, ...] = ()) -> None:
+        """Nothing is started yet.
+
+        Args:
+            threads: CPU threads of the child.
+            inherited: file descriptors that the child gets, under the same numbers.
+        """
         self.threads = threads
+        self.inherited = inherited
         self.process: subprocess.Popen[bytes] | None = None
         self.waiting: deque[tuple[Callable[..., Any], tuple[Any, ...], float]] = deque()
 
@@ -66,24 +76,37 @@ class Child:
         self._send(call)
 
     def result(self) -> Any:
-        """Result of the oldest submitted call; raises as :meth:`call` does."""
-        function, _, deadline_s = self.waiting.popleft()
+        """Result of the oldest submitted call; raises as :meth:`call` does.
+
+        A call whose process ends gets a second one: the first may have been killed from outside,
+        for want of memory say, and only an input that does it twice is to blame.
+        """
+        function, _, deadline_s = self.waiting[0]
         try:
-            answered = self.connection.poll(deadline_s)
-            outcome, value = self.connection.recv() if answered else (None, None)
+            try:
+                answered, answer = self._receive(deadline_s)
+            except (EOFError, OSError):
+                self._restart()
+                answered, answer = self._receive(deadline_s)
         except (EOFError, OSError):
+            self.waiting.popleft()
             code = self._restart()
             raise ChildError(
-                "DecoderCrashed", f"{function.__name__} ended its process ({code})", False
+                CRASHED, f"{function.__name__} ended its process twice ({code})", False
             ) from None
+        self.waiting.popleft()
         if not answered:
             self._restart()
-            raise ChildError(
-                "DeadlineExceeded", f"{function.__name__} took over {deadline_s:g} s", True
-            )
+            raise ChildError(TIMED_OUT, f"{function.__name__} took over {deadline_s:g} s", False)
+        outcome, value = answer
         if outcome == "error":
             raise ChildError(*value)
         return value
+
+    def _receive(self, deadline_s: float) -> tuple[bool, Any]:
+        """Whether an answer came in time, and the answer."""
+        answered = self.connection.poll(deadline_s)
+        return answered, self.connection.recv() if answered else None
 
     def close(self) -> None:
         """End the child; calls under way are lost."""
@@ -103,7 +126,7 @@ class Child:
         handle = theirs.fileno()
         self.process = subprocess.Popen(
             [sys.executable, "-m", "pipeline.child", str(handle), str(self.threads)],
-            pass_fds=(handle,),
+            pass_fds=(handle, *self.inherited),
             env={
                 **os.environ,
                 "PYTHONPATH": os.pathsep.join(filter(None, paths)),

@@ -2,42 +2,57 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
 from streamdit.config import StrictModel, TextEncoderConfig
 
 
-class ClipConfig(StrictModel):
-    """The training clip: its length, rate and picture size."""
+class BucketShape(StrictModel):
+    """One size and length of clips; latents of a batch, and of a file, share it."""
 
     frames: int = Field(default=64, gt=0)
     """Video frames of a clip; a multiple of the autoencoder's temporal factor."""
-    fps: float = Field(default=16.0, gt=0)
-    """Frames per second that clips are resampled to."""
     height: int = Field(default=512, gt=0)
     """Picture rows; a multiple of the autoencoder's spatial factor."""
     width: int = Field(default=512, gt=0)
     """Picture columns; a multiple of the autoencoder's spatial factor."""
+
+    @property
+    def name(self) -> str:
+        """`{frames}x{height}x{width}`."""
+        return f"{self.frames}x{self.height}x{self.width}"
+
+
+class ClipConfig(BucketShape):
+    """The training clip: its length, rate and picture size."""
+
+    fps: float = Field(default=16.0, gt=0)
+    """Frames per second that clips are resampled to."""
     stride_frames: int = Field(default=64, gt=0)
     """Distance between the starts of two clips of one scene, in clip frames; less than `frames`
     makes them overlap."""
+    buckets: tuple[BucketShape, ...] = ()
+    """Further sizes and lengths. A scene is cut into clips of the longest length that fits, what is
+    left at its end into shorter ones; a clip goes to the size whose shape is nearest to the
+    video's."""
 
     @property
-    def bucket(self) -> str:
-        """Name of the bucket, `{frames}x{height}x{width}`."""
-        return f"{self.frames}x{self.height}x{self.width}"
+    def shapes(self) -> tuple[BucketShape, ...]:
+        """All buckets, in the order of the configuration, each once."""
+        own = BucketShape(frames=self.frames, height=self.height, width=self.width)
+        return tuple({shape.name: shape for shape in (own, *self.buckets)}.values())
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Lengths of clips in frames, the longest first."""
+        return tuple(sorted({shape.frames for shape in self.shapes}, reverse=True))
 
     @property
     def duration_s(self) -> float:
-        """Seconds that a clip covers."""
-        return self.frames / self.fps
-
-    @property
-    def stride_s(self) -> float:
-        """Seconds between the starts of two clips."""
-        return self.stride_frames / self.fps
+        """Seconds that the shortest clip covers."""
+        return self.lengths[-1] / self.fps
 
 
 class SceneConfig(StrictModel):
@@ -64,11 +79,13 @@ class SceneConfig(StrictModel):
 class CaptionConfig(StrictModel):
     """Where captions come from."""
 
-    captioner: Literal["sidecar", "coca"] = "sidecar"
+    captioner: Literal["sidecar", "coca", "endpoint"] = "sidecar"
     """`sidecar`: `.vtt`, `.json` or `.txt` beside the video, in this order of preference. `coca`:
-    open_clip's CoCa describes every clip; sidecars are not read."""
+    open_clip's CoCa describes every clip. `endpoint`: a vision model behind an OpenAI-compatible
+    server does. Sidecars are read by the first only."""
     model: str = "coca_ViT-L-14"
-    """open_clip model name, `hf-hub:org/name` or `local-dir:/path` (`coca` only)."""
+    """open_clip model name, `hf-hub:org/name` or `local-dir:/path` (`coca`), or the name by which
+    the server knows its model (`endpoint`)."""
     pretrained: str | None = "mscoco_finetuned_laion2b_s13b_b90k"
     """open_clip weights tag or checkpoint path; not used with `hf-hub:` and `local-dir:`."""
     batch: int = Field(default=16, gt=0)
@@ -76,7 +93,27 @@ class CaptionConfig(StrictModel):
     max_tokens: int = Field(default=40, gt=1)
     """Longest caption in tokens."""
     frames: int = Field(default=3, gt=0)
-    """Frames looked at per clip, evenly spread; captions describe the middle one."""
+    """Frames looked at per clip, evenly spread; `coca` describes the middle one, `endpoint` all."""
+    prompt: str = "Describe this video in one or two sentences: who or what, doing what, where."
+    """What the model is asked (`endpoint` only)."""
+    url: str | None = None
+    """Address of the server up to its version, such as `http://localhost:8000/v1` (`endpoint`)."""
+    api_key_env: str = "OPENAI_API_KEY"
+    """Environment variable that holds the server's key, if it wants one (`endpoint`)."""
+    concurrency: int = Field(default=8, gt=0)
+    """Requests under way at once, of each worker (`endpoint`)."""
+    retries: int = Field(default=5, ge=0)
+    """Times that a request is sent again after a failure that may pass (`endpoint`)."""
+    timeout_s: float = Field(default=120.0, gt=0)
+    """Longest wait for an answer (`endpoint`)."""
+
+    @property
+    def content(self) -> dict[str, Any]:
+        """The settings that decide what captions say; how to reach a server does not."""
+        return self.model_dump(
+            mode="json",
+            exclude={"url", "api_key_env", "concurrency", "retries", "timeout_s"},
+        )
 
 
 class SelectionConfig(StrictModel):
@@ -105,9 +142,17 @@ class EncodeConfig(StrictModel):
     """How encoders run."""
 
     batch: int = Field(default=4, gt=0)
-    """Clips (and captions) encoded at once."""
+    """Clips encoded at once."""
     autoencoder_gpus: float = Field(default=0.0, ge=0.0)
-    """GPUs held by an encode actor, fractions allowed; 0 encodes on the CPU."""
+    """GPUs held by an actor with the autoencoder, fractions allowed; 0 encodes on the CPU."""
+    decoders: int = Field(default=1, gt=0)
+    """Decoder processes of such an actor; raise it until the autoencoder never waits."""
+    clips_ahead: int = Field(default=8, gt=0)
+    """Clips decoded ahead, in memory that the decoders share with the autoencoder."""
+    text_batch: int = Field(default=16, gt=0)
+    """Captions encoded at once."""
+    text_gpus: float = Field(default=0.0, ge=0.0)
+    """GPUs held by an actor with the text encoders, fractions allowed; 0 encodes on the CPU."""
 
 
 class DecodeConfig(StrictModel):
@@ -116,6 +161,15 @@ class DecodeConfig(StrictModel):
     deadline_s: float = Field(default=900.0, gt=0)
     """Longest time for one call (a whole pass over a video, the sparse frames of a video, or one
     clip); a decoder that takes longer is killed and its input becomes a dead letter."""
+
+
+class LimitsConfig(StrictModel):
+    """When a job gives up, because too much of its input fails."""
+
+    dead_share: float = Field(default=0.2, ge=0.0, le=1.0)
+    """A stage stops when more than this share of its inputs failed."""
+    least_inputs: int = Field(default=50, gt=0)
+    """Inputs after which the share is looked at first."""
 
 
 class IngestConfig(StrictModel):
@@ -146,6 +200,8 @@ class IngestConfig(StrictModel):
     """Encoders."""
     decode: DecodeConfig = DecodeConfig()
     """Decoders."""
+    limits: LimitsConfig = LimitsConfig()
+    """When to give up."""
 
     @field_validator("text_encoders")
     @classmethod

@@ -5,18 +5,26 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from pipeline.child import ChildError, shared_child
 from pipeline.config import IngestConfig
-from pipeline.dead_letters import LISTING, DeadLetter, write_dead_letters
+from pipeline.dead_letters import (
+    LISTING,
+    DeadLetter,
+    DeadLimit,
+    read_unit_dead_letters,
+    write_dead_letters,
+)
 from pipeline.graph import OnProgress, Row, result_row, run_stage, run_units
-from pipeline.ledger import Ledger, fingerprint
+from pipeline.ledger import Ledger, Wanted, fingerprint
 from pipeline.plan import Unit, extend_plan
+from pipeline.removal import leave_out_removed
 from pipeline.schema import CLIP_SCHEMA, SOURCE_SCHEMA, FileRecord, read_dead_letters
-from pipeline.shards import file_name, write_table
+from pipeline.settings import adopt_settings
+from pipeline.shards import file_name, read_rows, write_table
 from pipeline.sources import Listing, Source, list_sources
+from pipeline.store import DatasetPath, Store, open_store
 from pipeline.survey import survey
 from streamdit.errors import UserError
 
@@ -45,9 +53,12 @@ class CurateSummary:
 
 def curate(
     inputs: Sequence[str],
-    dataset_dir: Path | str,
+    dataset_dir: DatasetPath,
     config: IngestConfig,
     on_progress: OnProgress | None = None,
+    *,
+    retry_dead: bool = False,
+    replace: bool = False,
 ) -> CurateSummary:
     """Find the videos in `inputs` and write their clips to `dataset_dir`.
 
@@ -55,32 +66,21 @@ def curate(
 
     Args:
         inputs: see :func:`pipeline.sources.list_sources`.
-        dataset_dir: dataset directory; created if missing.
+        dataset_dir: dataset directory or `s3://` prefix; created if missing.
         config: ingestion configuration.
         on_progress: called with units done, units in all and totals, as units finish.
+        retry_dead: try again whatever failed before.
+        replace: do units again that were made with other settings.
 
     Raises:
-        UserError: if an input is missing, or if no clip at all came out.
+        UserError: if an input is missing, too many fail, or no clip at all came out.
     """
-    dataset = Path(dataset_dir)
-    listing = list_sources(inputs)
-    write_dead_letters(dataset, "list", LISTING, _unreadable(listing))
-    units = extend_plan(dataset, listing.sources, config.unit_sources)
-    ledger = Ledger(dataset, STAGE)
-    wanted = {unit.name: curate_fingerprint(unit, config) for unit in units}
-    done = {
-        name: marker.counters
-        for name, print_ in wanted.items()
-        if (marker := ledger.read_done(name, print_))
-    }
-    tasks = [
-        {"unit": unit.to_json(), "fingerprint": wanted[unit.name]}
-        for unit in units
-        if unit.name not in done
-    ]
-    stage = make_curate_unit(str(dataset.absolute()), config)
-    results = run_units(tasks, stage, workers=config.workers, cpus=config.threads)
-    totals = run_stage(list(wanted), done, results, on_progress)
+    store = open_store(dataset_dir)
+    listing = leave_out_removed(store, list_sources(inputs))
+    settings = adopt_settings(store, STAGE, curate_settings(config), config, replace=replace)
+    write_dead_letters(store, "list", LISTING, _unreadable(listing))
+    units = extend_plan(store, listing.sources, config.unit_sources)
+    totals = curate_units(store, units, config, settings, on_progress, retry_dead)
     summary = CurateSummary(
         sources=int(totals.get("sources", 0)),
         clips=int(totals.get("clips", 0)),
@@ -90,27 +90,68 @@ def curate(
         units=len(units),
     )
     if not summary.clips:
-        raise _no_clips(dataset, summary, config)
+        raise _no_clips(store, summary, config)
     return summary
 
 
-def curate_fingerprint(unit: Unit, config: IngestConfig) -> str:
-    """Hash of everything that the files of a curated unit depend on."""
-    members = [[s.source_id, s.uri, s.licence, s.attribution] for s in unit.sources]
-    return fingerprint(STAGE, REVISION, members, config.clip, config.scenes, config.threads)
+def curate_units(
+    store: Store,
+    units: Sequence[Unit],
+    config: IngestConfig,
+    settings: str,
+    on_progress: OnProgress | None = None,
+    retry_dead: bool = False,
+) -> dict[str, float]:
+    """Do the units that are not done; returns the totals over all."""
+    ledger = Ledger(store, STAGE)
+    wanted = {unit.name: curate_wanted(unit, settings) for unit in units}
+    done = ledger.read_done(wanted, retry_dead)
+    tasks = [
+        {"unit": unit.to_json(), "settings": settings, "retry_dead": retry_dead}
+        for unit in units
+        if unit.name not in done
+    ]
+    stage = make_curate_unit(store.root, config)
+    results = run_units(tasks, stage, workers=config.workers, cpus=config.threads)
+    limit = DeadLimit(store, STAGE, config.limits)
+    counters = {name: marker.counters for name, marker in done.items()}
+    totals = run_stage(list(wanted), counters, results, on_progress, limit)
+    if tasks:
+        ledger.sweep(ledger.read_all(wanted).values())
+    return totals
+
+
+def curate_settings(config: IngestConfig) -> dict[str, Any]:
+    """Everything that the files of a curated unit depend on, apart from its sources."""
+    values = config.model_dump(mode="json", include={"clip", "scenes", "threads"})
+    return {"revision": REVISION, **values}
+
+
+def curate_wanted(unit: Unit, settings: str) -> Wanted:
+    """What the files of a curated unit depend on."""
+    inputs = {
+        source.source_id: fingerprint(source.uri, source.licence, source.attribution)
+        for source in unit.sources
+    }
+    return Wanted(settings=settings, inputs=inputs)
 
 
 def make_curate_unit(dataset_dir: str, config: IngestConfig) -> Callable[[Row], Iterable[Row]]:
     """Stage function: takes a unit, writes its source and clip tables and its marker."""
 
     def curate_unit(row: Row) -> Iterable[Row]:
-        dataset, unit = Path(dataset_dir), Unit.from_json(row["unit"])
-        ledger = Ledger(dataset, STAGE)
-        attempt = ledger.attempt(unit.name, row["fingerprint"])
-        sources: list[dict[str, Any]] = []
-        clips: list[dict[str, Any]] = []
+        store, unit = open_store(dataset_dir), Unit.from_json(row["unit"])
+        ledger, wanted = Ledger(store, STAGE), curate_wanted(unit, row["settings"])
+        attempt = ledger.attempt(unit.name, wanted)
+        sources, clips, given_up = kept_rows(store, unit, wanted, row["retry_dead"])
+        settled = {source["source_id"] for source in sources}
         dead: list[DeadLetter] = []
         for source in unit.sources:
+            if source.source_id in settled:
+                continue
+            if source.source_id in given_up:
+                dead.append(given_up[source.source_id])
+                continue
             try:
                 described, found = survey_in_child(source, config)
             except ChildError as error:
@@ -127,19 +168,39 @@ def make_curate_unit(dataset_dir: str, config: IngestConfig) -> Callable[[Row], 
             terms = {"licence": source.licence, "attribution": source.attribution}
             sources.append({**described, "bytes": source.size, **terms})
             clips.extend({**clip, **terms} for clip in found)
-        files = write_unit(dataset, unit.name, config.clip.bucket, sources, clips)
-        write_dead_letters(dataset, STAGE, unit.name, dead)
+        files = write_unit(store, unit.name, sources, clips)
+        write_dead_letters(store, STAGE, unit.name, dead)
         counters: dict[str, float] = {
             "sources": len(sources),
             "clips": len(clips),
             "dead": len(dead),
             "retryable": sum(letter.retryable for letter in dead),
+            "inputs": len(unit.sources),
+            "lost": len(dead),
             "video_s": sum(source["duration_s"] for source in sources),
         }
-        ledger.finish(unit.name, row["fingerprint"], files, counters)
+        ledger.finish(unit.name, wanted, files, counters, attempt)
         return [result_row(unit.name, counters)]
 
     return curate_unit
+
+
+def kept_rows(
+    store: Store, unit: Unit, wanted: Wanted, retry_dead: bool
+) -> tuple[list[Row], list[Row], dict[str, DeadLetter]]:
+    """What an earlier run with the same settings found out about the sources of a unit.
+
+    Returns:
+        Rows of the source table, rows of the clip table, and dead letters by source that are not
+        tried again.
+    """
+    marker = Ledger(store, STAGE).read_matching(unit.name, wanted)
+    if marker is None:
+        return [], [], {}
+    letters = read_unit_dead_letters(store, STAGE, unit.name)
+    final = [letter for letter in letters if not letter.retryable and not retry_dead]
+    given_up = {letter.source_id: letter for letter in final if letter.source_id}
+    return read_rows(store, marker, "source"), read_rows(store, marker, "clip"), given_up
 
 
 def survey_in_child(
@@ -157,18 +218,14 @@ def survey_in_child(
 
 
 def write_unit(
-    dataset: Path,
-    unit: str,
-    bucket: str,
-    sources: list[dict[str, Any]],
-    clips: list[dict[str, Any]],
+    store: Store, unit: str, sources: list[dict[str, Any]], clips: list[dict[str, Any]]
 ) -> list[FileRecord]:
     """Write the tables of a unit, rows in a canonical order."""
     sources = sorted(sources, key=lambda row: row["source_id"])
     clips = sorted(clips, key=lambda row: row["clip_id"])
     return [
-        write_table(dataset, file_name("source", unit), "source", sources, SOURCE_SCHEMA),
-        write_table(dataset, file_name("clip", unit, bucket), "clip", clips, CLIP_SCHEMA),
+        write_table(store, file_name("source", unit), "source", sources, SOURCE_SCHEMA),
+        write_table(store, file_name("clip", unit), "clip", clips, CLIP_SCHEMA),
     ]
 
 
@@ -187,14 +244,14 @@ def _unreadable(listing: Listing) -> list[DeadLetter]:
     ]
 
 
-def _no_clips(dataset: Path, summary: CurateSummary, config: IngestConfig) -> UserError:
+def _no_clips(store: Store, summary: CurateSummary, config: IngestConfig) -> UserError:
     """Why nothing came out, with the commonest reasons."""
     if summary.dead and not summary.sources:
-        classes = Counter(read_dead_letters(dataset)["error_class"].to_pylist())
+        classes = Counter(read_dead_letters(store)["error_class"].to_pylist())
         reasons = ", ".join(f"{name} ({count})" for name, count in classes.most_common(3))
         return UserError(
             f"none of {summary.dead} videos could be decoded: {reasons}; see the tables below "
-            f"{dataset / 'dead'} for each file"
+            f"{store.uri('dead')} for each file"
         )
     return UserError(
         f"no training clip fits into the scenes of {summary.sources} videos: a clip takes "

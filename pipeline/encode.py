@@ -2,49 +2,44 @@
 
 from __future__ import annotations
 
-import functools
-import shutil
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TypeVar
 
-from pipeline.child import ChildError
+import pyarrow as pa
+import pyarrow.parquet as pq
+
 from pipeline.config import IngestConfig
-from pipeline.dead_letters import DeadLetter, write_dead_letters
-from pipeline.graph import OnProgress, Row, result_row, run_stage, run_units
+from pipeline.dead_letters import DeadLimit
+from pipeline.graph import OnProgress, run_stage, run_units
 from pipeline.index import publish_dataset
-from pipeline.latents import (
-    ClipReader,
-    batches,
-    encode_frames,
-    latent_row,
-    latent_shape,
-    text_rows,
+from pipeline.latents import latent_shape
+from pipeline.ledger import Ledger, Wanted
+from pipeline.pending import (
+    LATENTS,
+    TEXT,
+    LatentWork,
+    TextWork,
+    latent_settings,
+    nothing_selected,
+    select_unit,
+    text_settings,
 )
-from pipeline.ledger import Ledger
-from pipeline.pending import Fingerprints, UnitWork, select_unit
 from pipeline.plan import require_plan
-from pipeline.schema import (
-    AUTOENCODER_FOLDER,
-    LATENT_SCHEMA,
-    MANIFEST_FILE,
-    NULL_CLIP_ID,
-    NULL_TEXT_FILE,
-    BucketRecord,
-    FileRecord,
-    text_schema,
-)
-from pipeline.shards import ShardWriter, bucket_and_part, write_table
+from pipeline.schema import AUTOENCODER_FOLDER, MANIFEST_FILE, BucketRecord, Manifest
+from pipeline.settings import adopt_settings
+from pipeline.stage_latents import EncodeLatents
+from pipeline.stage_text import NULL_UNIT, EncodeTexts
+from pipeline.store import DatasetPath, Store, open_store
 from streamdit.config import AutoencoderIdentity
-from streamdit.errors import UserError
 
-if TYPE_CHECKING:
-    from streamdit.autoencoder.base import Autoencoder
-    from streamdit.text.base import TextEncoders
+READERS = 16
+"""Units whose tables are read at once."""
 
-NULL_UNIT = "null"
-"""Pseudo unit whose text is the empty prompt (classifier-free guidance)."""
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -53,6 +48,8 @@ class EncodeSummary:
 
     clips: int
     """Clips in the selection, ready for training."""
+    video_s: float
+    """Seconds that they cover."""
     held_out: int
     """Of these, clips kept from training."""
     dead: int
@@ -66,10 +63,13 @@ class EncodeSummary:
 
 
 def encode(
-    dataset_dir: Path | str,
+    dataset_dir: DatasetPath,
     autoencoder_source: str,
     config: IngestConfig,
     on_progress: OnProgress | None = None,
+    *,
+    retry_dead: bool = False,
+    replace: bool = False,
 ) -> EncodeSummary:
     """Encode the selected clips and publish the dataset.
 
@@ -77,60 +77,47 @@ def encode(
     changed. The autoencoder's directory is copied into the dataset.
 
     Args:
-        dataset_dir: dataset directory, curated and annotated.
+        dataset_dir: dataset directory or `s3://` prefix, curated and annotated.
         autoencoder_source: directory of an autoencoder, or name or path of a diffusers VAE.
         config: ingestion configuration.
-        on_progress: called with units done, units in all and totals, as units finish.
+        on_progress: called with units done, units in all and totals, as units finish; every unit
+            counts once for its latents and once for its text.
+        retry_dead: try again whatever failed before.
+        replace: do units again that were made with other settings or another autoencoder.
 
     Raises:
         UserError: if an earlier stage has not finished, the autoencoder does not fit the clips,
-            or no clip is selected.
+            there are units made with other settings, too many clips fail, or none is selected.
     """
     from streamdit.autoencoder import load_autoencoder
 
-    dataset = Path(dataset_dir)
-    units = [unit.name for unit in require_plan(dataset)]
-    selected = {name: select_unit(dataset, name, config) for name in units}
+    store = open_store(dataset_dir)
+    units = [unit.name for unit in require_plan(store)]
+    selected = _read_each(units, lambda unit: select_unit(store, unit, config))
     if not any(table.num_rows for table in selected.values()):
-        raise _nothing_selected(dataset, config)
+        raise nothing_selected(store, config)
     autoencoder = load_autoencoder(autoencoder_source)
-    shape = latent_shape(autoencoder, config.clip)
-    prints = Fingerprints.of(config, autoencoder.identity)
-    works = (UnitWork.find(dataset, name, selected[name], prints) for name in units)
-    done = {work.unit: work.counters for work in works if work.is_done}
-    if Ledger(dataset, "text").read_done(NULL_UNIT, prints.text([])):
-        done[NULL_UNIT] = {}
-    tasks = [{"unit": name} for name in [NULL_UNIT, *units] if name not in done]
-    if tasks:
-        # Until all is published again, shards and manifest may disagree.
-        (dataset / MANIFEST_FILE).unlink(missing_ok=True)
-    identity = adopt_autoencoder(dataset, autoencoder_source, autoencoder.identity)
-    constructor = {
-        "dataset_dir": str(dataset.absolute()),
-        "autoencoder_source": resolve_autoencoder(dataset, identity),
-        "config": config,
-        "prints": prints,
-    }
-    results = run_units(
-        tasks,
-        EncodeUnit,
-        constructor=constructor,
-        workers=config.workers,
-        cpus=config.threads,
-        gpus=config.encode.autoencoder_gpus,
-    )
-    totals = run_stage([NULL_UNIT, *units], done, results, on_progress)
-    bucket = BucketRecord(
-        name=config.clip.bucket,
-        frames=config.clip.frames,
-        height=config.clip.height,
-        width=config.clip.width,
-        fps=config.clip.fps,
-        latent_shape=shape,
-    )
-    manifest, held_out = publish_dataset(dataset, units, selected, config, identity, [bucket])
+    shapes = {shape: latent_shape(autoencoder, shape) for shape in config.clip.shapes}
+    identity = identity_in_dataset(autoencoder_source, autoencoder.identity)
+    prints = _adopt(store, config, identity, replace)
+    job = _Encoding(store, config, units, on_progress)
+    totals = job.encode_latents(selected, autoencoder_source, identity, prints[LATENTS], retry_dead)
+    job.encode_texts(prints[TEXT], totals)
+    buckets = [
+        BucketRecord(
+            name=shape.name,
+            frames=shape.frames,
+            height=shape.height,
+            width=shape.width,
+            fps=config.clip.fps,
+            latent_shape=latents,
+        )
+        for shape, latents in shapes.items()
+    ]
+    manifest, held_out = publish_dataset(store, units, selected, config, identity, buckets)
     return EncodeSummary(
         clips=manifest.selection.rows,
+        video_s=_seconds(store, manifest),
         held_out=held_out,
         dead=int(totals.get("dead", 0)),
         latent_bytes=sum(record.bytes for record in manifest.files_of("latent")),
@@ -139,183 +126,137 @@ def encode(
     )
 
 
-class EncodeUnit:
-    """Stage: takes a unit, writes its latent and text shards and their markers.
+def _seconds(store: Store, manifest: Manifest) -> float:
+    """Seconds that the selected clips cover."""
+    index = pq.read_table(store.source(manifest.selection.path), columns=["bucket"])
+    counts = Counter(index["bucket"].to_pylist())
+    return sum(counts[bucket.name] * bucket.frames / bucket.fps for bucket in manifest.buckets)
 
-    Models are loaded when the first unit needs them, and kept.
-    """
+
+def _adopt(
+    store: Store, config: IngestConfig, identity: AutoencoderIdentity, replace: bool
+) -> dict[str, str]:
+    """Record the settings of both stages; returns their hashes."""
+    settings = {LATENTS: latent_settings(config, identity), TEXT: text_settings(config)}
+    return {
+        stage: adopt_settings(store, stage, values, config, identity, replace)
+        for stage, values in settings.items()
+    }
+
+
+class _Encoding:
+    """The two stages of one call of :func:`encode`, with their common progress."""
 
     def __init__(
-        self,
-        dataset_dir: str,
-        autoencoder_source: str,
-        config: IngestConfig,
-        prints: Fingerprints,
+        self, store: Store, config: IngestConfig, units: list[str], on_progress: OnProgress | None
     ) -> None:
-        import torch
-
-        torch.set_num_threads(config.threads)
-        self.dataset = Path(dataset_dir)
-        self.autoencoder_source = autoencoder_source
+        self.store = store
         self.config = config
-        self.prints = prints
-        self.device = "cuda" if config.encode.autoencoder_gpus else "cpu"
+        self.units = units
+        self.on_progress = on_progress
 
-    @functools.cached_property
-    def autoencoder(self) -> Autoencoder:
-        """The autoencoder, on the device of this actor."""
-        from streamdit.autoencoder import load_autoencoder
-
-        return load_autoencoder(self.autoencoder_source).eval().to(self.device)
-
-    @functools.cached_property
-    def text_encoders(self) -> TextEncoders:
-        """All text encoders."""
-        from streamdit.text import build_text_encoders
-
-        return build_text_encoders(self.config.text_encoders)
-
-    @functools.cached_property
-    def reader(self) -> ClipReader:
-        """Decodes clips ahead of the autoencoder."""
-        identity = self.autoencoder.identity
-        return ClipReader(identity, self.config.decode.deadline_s, self.config.threads)
-
-    def __call__(self, row: Row) -> Iterable[Row]:
-        """Encode what is missing of one unit."""
-        if row["unit"] == NULL_UNIT:
-            self._encode_null()
-            return [result_row(NULL_UNIT, {})]
-        work = self._find(row["unit"])
-        if work.latents is None or work.missing:
-            self._encode_latents(work)
-            work = self._find(row["unit"])
-        if work.text is None:
-            self._encode_text(work)
-        return [result_row(work.unit, work.counters)]
-
-    def _find(self, unit: str) -> UnitWork:
-        selected = select_unit(self.dataset, unit, self.config)
-        return UnitWork.find(self.dataset, unit, selected, self.prints)
-
-    def _encode_latents(self, work: UnitWork) -> None:
-        """Write the missing clips to new shards, after those that are there."""
-        import torch
-
-        files = list(work.latents.files) if work.latents else []
-        dead = {(letter.source_id, letter.start_s): letter for letter in work.dead}
-        dtype = getattr(torch, self.config.shards.latent_dtype)
-        bucket = self.config.clip.bucket
-        first_part = 1 + max((bucket_and_part(record.path)[1] for record in files), default=-1)
-        writer = ShardWriter(
-            self.dataset,
-            "latent",
-            work.unit,
-            bucket,
-            LATENT_SCHEMA,
-            self.config.shards,
-            first_part,
+    def encode_latents(
+        self,
+        selected: Mapping[str, pa.Table],
+        autoencoder_source: str,
+        identity: AutoencoderIdentity,
+        settings: str,
+        retry_dead: bool,
+    ) -> dict[str, float]:
+        """Encode the selected clips that have no latent; returns totals over all units."""
+        wanted = Wanted(settings=settings)
+        works = _read_each(
+            self.units,
+            lambda unit: LatentWork.find(self.store, unit, selected[unit], wanted, retry_dead),
         )
-        with writer:
-            for batch in batches(self._decoded(work.missing, dead), self.config.encode.batch):
-                clips = [frames for _, frames in batch]
-                latents = encode_frames(self.autoencoder, clips, dtype)
-                for (clip, _), latent in zip(batch, latents, strict=True):
-                    writer.add(latent_row(clip, latent))
-        letters = sorted(dead.values(), key=lambda letter: (letter.uri, letter.start_s or 0.0))
-        write_dead_letters(self.dataset, "latents", work.unit, letters)
-        Ledger(self.dataset, "latents").finish(
-            work.unit, self.prints.latents, [*files, *writer.records], {"dead": len(letters)}
+        done = {unit: work.counters for unit, work in works.items() if work.is_done}
+        tasks = [
+            {"unit": unit, "settings": settings, "retry_dead": retry_dead}
+            for unit in self.units
+            if unit not in done
+        ]
+        if tasks:
+            self._withdraw()
+            adopt_autoencoder(self.store, autoencoder_source, identity)
+        results = run_units(
+            tasks,
+            EncodeLatents,
+            constructor={
+                "dataset_dir": self.store.root,
+                "autoencoder": identity,
+                "config": self.config,
+            },
+            workers=self.config.workers,
+            cpus=self.config.threads + self.config.encode.decoders - 1,
+            gpus=self.config.encode.autoencoder_gpus,
         )
+        limit = DeadLimit(self.store, LATENTS, self.config.limits)
+        totals = run_stage(self.units, done, results, self._progress_from(0, {}), limit)
+        if tasks:
+            ledger = Ledger(self.store, LATENTS)
+            ledger.sweep(ledger.read_all(self.units).values())
+        return totals
 
-    def _decoded(
-        self, clips: list[Row], dead: dict[tuple[str | None, float | None], DeadLetter]
-    ) -> Iterator[tuple[Row, Any]]:
-        """Clips that can be decoded, with their frames; the others go to `dead`."""
-        for clip, frames in self.reader.read(clips):
-            key = (clip["source_id"], clip["start_s"])
-            if not isinstance(frames, ChildError):
-                dead.pop(key, None)
-                yield clip, frames
-                continue
-            dead[key] = DeadLetter.of(
-                frames,
-                source_id=clip["source_id"],
-                uri=clip["uri"],
-                stage="latents",
-                attempts=dead[key].attempts + 1 if key in dead else 1,
-                span=(clip["start_s"], clip["end_s"]),
-            )
+    def encode_texts(self, settings: str, before: Mapping[str, float]) -> None:
+        """Encode the captions of all latents, where that is not done."""
+        ledger = Ledger(self.store, TEXT)
+        works = _read_each(self.units, lambda unit: TextWork.find(self.store, unit))
+        wanted = {unit: work.wanted(settings) for unit, work in works.items()}
+        wanted[NULL_UNIT] = Wanted(settings=settings)
+        done = ledger.read_done(wanted)
+        tasks = [{"unit": unit, "settings": settings} for unit in wanted if unit not in done]
+        if tasks:
+            self._withdraw()
+        results = run_units(
+            tasks,
+            EncodeTexts,
+            constructor={"dataset_dir": self.store.root, "config": self.config},
+            workers=self.config.workers,
+            cpus=self.config.threads,
+            gpus=self.config.encode.text_gpus,
+        )
+        counters = {unit: marker.counters for unit, marker in done.items()}
+        progress = self._progress_from(len(self.units), before)
+        run_stage(list(wanted), counters, results, progress)
+        if tasks:
+            ledger.sweep(ledger.read_all(wanted).values())
 
-    def _encode_text(self, work: UnitWork) -> None:
-        """Write a text shard beside each latent shard, same clips in the same order."""
-        content = work.text_content()
-        records: list[FileRecord] = []
-        for path, ids in work.stored:
-            bucket, part = bucket_and_part(path)
-            captions = [
-                {"clip_id": i, "caption": text, "caption_model": model}
-                for shard, i, text, model in content
-                if shard == path
-            ]
-            assert [row["clip_id"] for row in captions] == ids
-            records.append(self._write_text(work.unit, bucket, part, captions))
-        wanted = self.prints.text(content)
-        Ledger(self.dataset, "text").finish(work.unit, wanted, records, {"clips": len(content)})
+    def _withdraw(self) -> None:
+        """Take the manifest away: until all is published again, it and the shards may disagree."""
+        self.store.delete(MANIFEST_FILE)
 
-    def _write_text(self, unit: str, bucket: str, part: int, captions: list[Row]) -> FileRecord:
-        """Write one text shard; it is never split, so that it keeps its latent shard's name."""
-        schema = text_schema(encoder.name for encoder in self.config.text_encoders)
-        whole = self.config.shards.model_copy(update={"shard_mb": float("inf")})
-        with ShardWriter(self.dataset, "text", unit, bucket, schema, whole, part) as writer:
-            for row in self._text_rows(captions):
-                writer.add(row)
-        (record,) = writer.records
-        return record
+    def _progress_from(self, first: int, before: Mapping[str, float]) -> OnProgress | None:
+        """Progress of one stage as part of the whole, behind `first` units."""
+        tell = self.on_progress
+        if tell is None:
+            return None
+        total = 2 * len(self.units) + 1
 
-    def _text_rows(self, captions: list[Row]) -> Iterator[Row]:
-        import torch
+        def on_progress(done: int, _: int, counters: Mapping[str, float]) -> None:
+            tell(first + done, total, {**before, **counters})
 
-        dtype = getattr(torch, self.config.shards.text_dtype)
-        for batch in batches(captions, self.config.encode.batch):
-            yield from text_rows(self.text_encoders, batch, dtype)
-
-    def _encode_null(self) -> None:
-        """Write the states of the empty prompt."""
-        schema = text_schema(encoder.name for encoder in self.config.text_encoders)
-        row = {"clip_id": NULL_CLIP_ID, "caption": "", "caption_model": ""}
-        rows = list(self._text_rows([row]))
-        record = write_table(self.dataset, NULL_TEXT_FILE, "text-null", rows, schema)
-        Ledger(self.dataset, "text").finish(NULL_UNIT, self.prints.text([]), [record], {})
+        return on_progress
 
 
-def adopt_autoencoder(
-    dataset: Path, source: str, identity: AutoencoderIdentity
-) -> AutoencoderIdentity:
-    """Copy a local autoencoder into the dataset; returns its identity as seen from there."""
-    local, target = Path(source), dataset / AUTOENCODER_FOLDER
-    if not local.is_dir():
-        return identity.model_copy(update={"source": source})
+def _read_each(units: Iterable[str], read: Callable[[str], T]) -> dict[str, T]:
+    """`read` of every unit, several at once."""
+    names = list(units)
+    with ThreadPoolExecutor(READERS) as pool:
+        return dict(zip(names, pool.map(read, names), strict=True))
+
+
+def identity_in_dataset(source: str, identity: AutoencoderIdentity) -> AutoencoderIdentity:
+    """Identity of an autoencoder as seen from the dataset: its copy there, or its name."""
+    local = Path(source).is_dir()
+    return identity.model_copy(update={"source": AUTOENCODER_FOLDER if local else source})
+
+
+def adopt_autoencoder(store: Store, source: str, identity: AutoencoderIdentity) -> None:
+    """Copy a local autoencoder into the dataset."""
+    local = Path(source)
+    if identity.source != AUTOENCODER_FOLDER:
+        return
     if (local / "vae").is_dir():
         local = local / "vae"  # of a diffusers pipeline, only this part is needed
-    if local.resolve() != target.resolve():
-        partial = dataset / f".{AUTOENCODER_FOLDER}.partial"
-        shutil.rmtree(partial, ignore_errors=True)
-        shutil.copytree(local, partial)
-        shutil.rmtree(target, ignore_errors=True)
-        partial.rename(target)
-    return identity.model_copy(update={"source": AUTOENCODER_FOLDER})
-
-
-def resolve_autoencoder(dataset: Path, identity: AutoencoderIdentity) -> str:
-    """What to load: the dataset's copy, or the name."""
-    if identity.source == AUTOENCODER_FOLDER:
-        return str((dataset / AUTOENCODER_FOLDER).absolute())
-    return identity.source
-
-
-def _nothing_selected(dataset: Path, config: IngestConfig) -> UserError:
-    return UserError(
-        f"selection {config.selection.expression!r} keeps no clip of {dataset}: loosen "
-        "selection.expression"
-    )
+    if str(local.resolve()) != str(Path(store.uri(AUTOENCODER_FOLDER)).resolve()):
+        store.put_folder(local, AUTOENCODER_FOLDER)

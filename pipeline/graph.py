@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from pipeline.dead_letters import DeadLimit
 from streamdit.errors import UserError
 
 OnProgress = Callable[[int, int, dict[str, float]], None]
@@ -80,6 +81,7 @@ def run_stage(
     done: Mapping[str, dict[str, float]],
     results: Iterable[dict[str, float]],
     on_progress: OnProgress | None,
+    limit: DeadLimit | None = None,
 ) -> dict[str, float]:
     """Add up finished units and report each.
 
@@ -88,9 +90,13 @@ def run_stage(
         done: counters of those that an earlier run finished.
         results: counters of the others, as they come.
         on_progress: told about every step, once at the start too.
+        limit: share of inputs that may fail.
 
     Returns:
         Totals over all units.
+
+    Raises:
+        UserError: if too many inputs failed.
     """
     totals: dict[str, float] = {}
     finished = len(done)
@@ -98,11 +104,15 @@ def run_stage(
         _add(totals, counters)
     if on_progress:
         on_progress(finished, len(units), dict(totals))
+    if limit:
+        limit.check(totals)
     for counters in results:
         _add(totals, counters)
         finished += 1
         if on_progress:
             on_progress(finished, len(units), dict(totals))
+        if limit:
+            limit.check(totals)
     return totals
 
 

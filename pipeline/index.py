@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import os
+import hashlib
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.config import IngestConfig
-from pipeline.ledger import Ledger, Marker, fingerprint, partial_path, publish, write_atomically
+from pipeline.graph import Row
+from pipeline.ledger import READERS, Marker, fingerprint, require_markers
 from pipeline.schema import (
     MANIFEST_FILE,
     NULL_TEXT_FILE,
@@ -21,8 +22,10 @@ from pipeline.schema import (
     SelectionRecord,
 )
 from pipeline.select import split_of
-from pipeline.shards import describe_file, open_parquet
-from streamdit.config import AutoencoderIdentity
+from pipeline.shards import write_table
+from pipeline.storage import read_bytes
+from pipeline.store import Store, walk_parquet
+from streamdit.config import AutoencoderIdentity, TextEncoderConfig
 from streamdit.errors import UserError
 
 SELECTION_FOLDER = "selection"
@@ -31,7 +34,7 @@ Place = tuple[str, int, int]
 
 
 def publish_dataset(
-    dataset: Path,
+    store: Store,
     units: Sequence[str],
     selected: Mapping[str, pa.Table],
     config: IngestConfig,
@@ -41,116 +44,132 @@ def publish_dataset(
     """Write the selection index and the manifest; returns it and the number of held-out clips.
 
     Args:
-        dataset: dataset directory whose units are encoded.
+        store: dataset whose units are encoded.
         units: their names.
         selected: selected clips of each, with captions.
         config: ingestion configuration.
         identity: autoencoder of the latents.
         buckets: sizes of the clips.
     """
-    files: list[FileRecord] = []
-    rows: list[dict] = []
-    for unit in units:
-        markers = [_marker(dataset, s, unit) for s in ("curate", "annotate", "latents", "text")]
-        files.extend(record for marker in markers for record in marker.files)
-        latents, texts = (_places(dataset, marker) for marker in markers[2:])
-        for row in selected[unit].to_pylist():
-            if row["clip_id"] in latents:
-                rows.append(_index_row(row, config, latents, texts))
-    if not rows:
-        raise UserError(
-            f"none of the selected clips of {dataset} could be decoded: see the tables below "
-            f"{dataset / 'dead' / 'latents'}"
+    stages = ("curate", "annotate", "latents", "text")
+    markers = {stage: require_markers(store, stage, units) for stage in stages}
+    files = [record for stage in stages for unit in units for record in markers[stage][unit].files]
+    with ThreadPoolExecutor(READERS) as pool:
+        tables = pool.map(
+            lambda unit: _index_unit(
+                store, selected[unit], markers["latents"][unit], markers["text"][unit], config
+            ),
+            units,
         )
-    files.extend(_marker(dataset, "text", "null").files)
+        index = pa.concat_tables(tables).sort_by([(n, "ascending") for n in ("bucket", "clip_id")])
+    if not index.num_rows:
+        raise UserError(
+            f"none of the selected clips of {store.root} could be decoded: see the tables below "
+            f"{store.uri('dead/latents')}"
+        )
+    files.extend(require_markers(store, "text", ["null"])["null"].files)
     assert any(record.path == NULL_TEXT_FILE for record in files)
-    rows.sort(key=lambda row: (row["bucket"], row["clip_id"]))
-    selection, record = write_selection(dataset, rows, config.selection.expression)
+    selection, record = write_selection(store, index, config.selection.expression)
     files.append(record)
     files.sort(key=lambda record: record.path)
     manifest = Manifest(
-        fingerprint=fingerprint(
-            config.clip,
-            config.text_encoders,
-            config.selection,
-            identity,
-            [[record.path, record.sha256] for record in files],
-        ),
+        fingerprint=content_fingerprint(identity, config.text_encoders, files),
         autoencoder=identity,
         text_encoders=config.text_encoders,
         buckets=tuple(buckets),
         selection=selection,
         files=tuple(files),
     )
-    write_atomically(dataset / MANIFEST_FILE, manifest.model_dump_json(indent=1) + "\n")
-    return manifest, sum(row["split"] == "held_out" for row in rows)
+    write_manifest(store, manifest)
+    return manifest, index["split"].to_pylist().count("held_out")
+
+
+def content_fingerprint(
+    identity: AutoencoderIdentity,
+    encoders: Sequence[TextEncoderConfig],
+    files: Sequence[FileRecord],
+) -> str:
+    """Hash of the encoders and of the content of every file."""
+    return fingerprint(identity, list(encoders), [[record.path, record.sha256] for record in files])
+
+
+def write_manifest(store: Store, manifest: Manifest) -> None:
+    """Write `manifest.json`, which makes the dataset complete."""
+    store.write_text(MANIFEST_FILE, manifest.model_dump_json(indent=1) + "\n")
 
 
 def write_selection(
-    dataset: Path, rows: list[dict], expression: str
+    store: Store, index: pa.Table, expression: str
 ) -> tuple[SelectionRecord, FileRecord]:
-    """Write the index of `rows` under the next version, or find that the last one is the same."""
-    schema = SELECTION_SCHEMA.with_metadata({"expression": expression})
-    version = max((_version_of(p) for p in _versions(dataset)), default=0) + 1
-    path = _selection_path(version)
-    target = dataset / path
-    with open_parquet(target, schema) as writer:
-        writer.write_table(pa.Table.from_pylist(rows, schema=schema))
-    before = dataset / _selection_path(version - 1)
-    if before.exists() and before.read_bytes() == partial_path(target).read_bytes():
-        os.unlink(partial_path(target))
-        version, path = version - 1, _selection_path(version - 1)
+    """Write the index under the next version, or find that the last one is the same."""
+    versions = [_version_of(path) for path in walk_parquet(store, SELECTION_FOLDER)]
+    latest = max(versions, default=0)
+    if latest and _has_content(store, selection_path(latest), index, expression):
+        path = selection_path(latest)
+        digest = hashlib.sha256(read_bytes(store.uri(path))).hexdigest()
+        size = store.size(path) or 0
+        record = FileRecord(
+            path=path, kind="selection", rows=index.num_rows, bytes=size, sha256=digest
+        )
     else:
-        publish(partial_path(target), target)
-    record = describe_file(dataset, path, "selection", len(rows))
-    selection = SelectionRecord(version=version, path=path, expression=expression, rows=len(rows))
+        latest += 1
+        path = selection_path(latest)
+        named = index.replace_schema_metadata({"expression": expression})
+        record = write_table(store, path, "selection", named, named.schema)
+    selection = SelectionRecord(
+        version=latest, path=path, expression=expression, rows=index.num_rows
+    )
     return selection, record
 
 
-def _index_row(
-    row: dict, config: IngestConfig, latents: Mapping[str, Place], texts: Mapping[str, Place]
-) -> dict:
-    latent_file, latent_row_group, latent_row = latents[row["clip_id"]]
-    text_file, text_row_group, text_row = texts[row["clip_id"]]
+def _has_content(store: Store, path: str, index: pa.Table, expression: str) -> bool:
+    """Whether an index that is there holds the same rows for the same expression."""
+    table = pq.read_table(store.source(path))
+    metadata = table.schema.metadata or {}
+    return metadata.get(b"expression") == expression.encode() and table.equals(index)
+
+
+def _index_unit(
+    store: Store, selected: pa.Table, latents: Marker, texts: Marker, config: IngestConfig
+) -> pa.Table:
+    """Index rows of the selected clips of a unit that have a latent."""
+    latent_places, text_places = _places(store, latents), _places(store, texts)
+    rows = [
+        _index_row(row, config, latent_places[row["clip_id"]], text_places[row["clip_id"]])
+        for row in selected.select(["clip_id", "source_id", "bucket", "caption"]).to_pylist()
+        if row["clip_id"] in latent_places
+    ]
+    return pa.Table.from_pylist(rows, schema=SELECTION_SCHEMA)
+
+
+def _index_row(row: Row, config: IngestConfig, latent: Place, text: Place) -> Row:
     return {
-        "clip_id": row["clip_id"],
-        "source_id": row["source_id"],
-        "bucket": row["bucket"],
+        **row,
         "split": split_of(row["source_id"], config.selection.held_out_share),
-        "caption": row["caption"],
-        "latent_file": latent_file,
-        "latent_row_group": latent_row_group,
-        "latent_row": latent_row,
-        "text_file": text_file,
-        "text_row_group": text_row_group,
-        "text_row": text_row,
+        "latent_file": latent[0],
+        "latent_row_group": latent[1],
+        "latent_row": latent[2],
+        "text_file": text[0],
+        "text_row_group": text[1],
+        "text_row": text[2],
     }
 
 
-def _places(dataset: Path, marker: Marker) -> dict[str, Place]:
+def _places(store: Store, marker: Marker) -> dict[str, Place]:
     """Where each clip of a unit's shards lies; no payload is read."""
     places: dict[str, Place] = {}
     for record in marker.files:
-        with pq.ParquetFile(dataset / record.path) as file:
+        with pq.ParquetFile(store.source(record.path)) as file:
             for group in range(file.num_row_groups):
                 ids = file.read_row_group(group, columns=["clip_id"])["clip_id"].to_pylist()
                 places |= {clip_id: (record.path, group, row) for row, clip_id in enumerate(ids)}
     return places
 
 
-def _marker(dataset: Path, stage: str, unit: str) -> Marker:
-    marker = Ledger(dataset, stage).read(unit)
-    assert marker is not None, f"{stage} left no marker for unit {unit}"
-    return marker
+def _version_of(path: str) -> int:
+    return int(path.rsplit("selection-v", 1)[-1].removesuffix(".parquet"))
 
 
-def _versions(dataset: Path) -> list[Path]:
-    return list((dataset / SELECTION_FOLDER).glob("selection-v*.parquet"))
-
-
-def _version_of(path: Path) -> int:
-    return int(path.stem.removeprefix("selection-v"))
-
-
-def _selection_path(version: int) -> str:
+def selection_path(version: int) -> str:
+    """Where a version of the index lies, relative to the dataset directory."""
     return f"{SELECTION_FOLDER}/selection-v{version:04d}.parquet"

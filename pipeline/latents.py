@@ -8,21 +8,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipeline.child import Child, ChildError, shared_child
-from pipeline.clips import read_clip, read_clip_with_lead
-from pipeline.config import ClipConfig
+from pipeline.config import BucketShape
 from pipeline.schema import encode_tensor
 from streamdit.autoencoder.base import Autoencoder
 from streamdit.config import AutoencoderIdentity
 from streamdit.errors import UserError
 from streamdit.text.base import TextEncoders
 
-PREFETCHED_CLIPS = 4
-
 Row = dict[str, Any]
 
 
-def latent_shape(autoencoder: Autoencoder, clip: ClipConfig) -> tuple[int, int, int, int]:
+def latent_shape(autoencoder: Autoencoder, clip: BucketShape) -> tuple[int, int, int, int]:
     """`[f, C, h, w]` of the latent that is stored for a clip.
 
     Every stored latent frame stands for `temporal_factor` video frames. An autoencoder whose first
@@ -57,52 +53,17 @@ def lead_latents(identity: AutoencoderIdentity) -> int:
     return 1 if identity.first_frame_alone else 0
 
 
-class ClipReader:
-    """Decodes clips in a child process, a few ahead of the encoder that uses them."""
-
-    def __init__(self, identity: AutoencoderIdentity, deadline_s: float, threads: int) -> None:
-        self.with_lead = bool(lead_latents(identity))
-        self.deadline_s = deadline_s
-        self.threads = threads
-
-    def read(self, clips: Sequence[Row]) -> Iterator[tuple[Row, np.ndarray | ChildError]]:
-        """Each row of the clip table with its frames, or with what went wrong."""
-        child = shared_child(self.threads)
-        try:
-            for clip in clips[:PREFETCHED_CLIPS]:
-                self._submit(child, clip)
-            for i, clip in enumerate(clips):
-                frames = self._result(child)
-                if i + PREFETCHED_CLIPS < len(clips):
-                    self._submit(child, clips[i + PREFETCHED_CLIPS])
-                yield clip, frames
-        finally:
-            if child.waiting:  # the encoder failed: nobody will take these results
-                child.close()
-
-    def _result(self, child: Child) -> np.ndarray | ChildError:
-        try:
-            return child.result()
-        except ChildError as error:
-            return error
-
-    def _submit(self, child: Child, clip: Row) -> None:
-        shape = [clip[name] for name in ("uri", "start_s", "frames", "fps", "height", "width")]
-        if self.with_lead:
-            arguments = [*shape, clip["scene_start_s"]]
-            child.submit(read_clip_with_lead, *arguments, deadline_s=self.deadline_s)
-        else:
-            child.submit(read_clip, *shape, deadline_s=self.deadline_s)
+def clip_bytes(shape: BucketShape, lead: int) -> int:
+    """Bytes of the frames that are decoded for one clip, `lead` of them before it."""
+    return (shape.frames + lead) * shape.height * shape.width * 3
 
 
 @torch.no_grad()
-def encode_frames(
-    autoencoder: Autoencoder, clips: Sequence[np.ndarray], dtype: torch.dtype
-) -> torch.Tensor:
-    """Raw latents `[b, f, C, h, w]` of clips `uint8 [t, H, W, 3]` of one shape, on the CPU."""
+def encode_frames(autoencoder: Autoencoder, clips: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
+    """Raw latents `[b, f, C, h, w]` of clips `uint8 [b, t, H, W, 3]`, on the CPU."""
     parameter = next(autoencoder.parameters(), None)
     device = torch.device("cpu") if parameter is None else parameter.device
-    frames = torch.from_numpy(np.stack(clips)).to(device)
+    frames = torch.from_numpy(clips).to(device)
     unit = frames.permute(0, 1, 4, 2, 3).to(torch.float32) / 127.5 - 1.0
     latents = autoencoder.encode(unit)[:, lead_latents(autoencoder.identity) :]
     return latents.to(device="cpu", dtype=dtype)

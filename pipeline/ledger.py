@@ -1,25 +1,28 @@
 """What is done: one marker per stage and unit, written last.
 
-A rerun skips a unit whose marker carries the fingerprint that it would get now, and does every
-other one again under the same file names, so an interrupted run leaves nothing behind.
+A rerun skips a unit whose marker names the settings and inputs that it would have now, and does
+every other one again under the same file names, so an interrupted run leaves nothing behind.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-from collections.abc import Iterable
-from pathlib import Path
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from pydantic import BaseModel, Field, ValidationError
 
 from pipeline.schema import FOLDERS, FileRecord
+from pipeline.store import DatasetPath, Store, open_store
 from streamdit.config import StrictModel
+from streamdit.errors import UserError
 
 LEDGER_FOLDER = "ledger"
 MAX_ATTEMPTS = 3
+READERS = 16
+"""Markers read at once; on S3 each is a request."""
 
 STAGE_KINDS: dict[str, tuple[str, ...]] = {
     "curate": ("source", "clip"),
@@ -30,19 +33,40 @@ STAGE_KINDS: dict[str, tuple[str, ...]] = {
 """Kinds of files that each stage writes for a unit."""
 
 
+class Wanted(StrictModel):
+    """What the files of a unit depend on."""
+
+    settings: str
+    """Hash of the settings and of the code's revision."""
+    inputs: dict[str, str] = Field(default_factory=dict)
+    """Name of each input to its version."""
+
+
 class Marker(StrictModel):
     """A finished unit of a stage."""
 
     unit: str
     """Name of the unit."""
-    fingerprint: str
-    """Hash of everything that the unit's files depend on."""
+    settings: str
+    """See :class:`Wanted`."""
+    inputs: dict[str, str] = Field(default_factory=dict)
+    """See :class:`Wanted`."""
     files: tuple[FileRecord, ...] = ()
     """What was written."""
     counters: dict[str, float] = Field(default_factory=dict)
     """Totals for summaries."""
     attempts: int = 1
-    """Runs so far that ended with this fingerprint."""
+    """Runs so far that ended with these settings and inputs."""
+
+    def fits(self, wanted: Wanted) -> bool:
+        """Whether the unit was made from these settings and inputs."""
+        return self.settings == wanted.settings and self.inputs == wanted.inputs
+
+    def is_to_be_retried(self, retry_dead: bool = False) -> bool:
+        """Whether inputs that failed get another run."""
+        if retry_dead:
+            return bool(self.counters.get("dead"))
+        return bool(self.counters.get("retryable")) and self.attempts < MAX_ATTEMPTS
 
 
 def fingerprint(*parts: Any) -> str:
@@ -59,92 +83,113 @@ def _plain(part: Any) -> Any:
     return part
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write a text file that is either the old one or the whole new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = partial_path(path)
-    partial.write_text(text, encoding="utf-8")
-    publish(partial, path)
-
-
-def partial_path(path: Path) -> Path:
-    """Hidden name under which `path` is written; a rerun overwrites what a crash left there."""
-    return path.with_name(f".{path.name}.partial")
-
-
-def publish(partial: Path, path: Path) -> None:
-    """Give a finished file its name, after its bytes are on disk."""
-    with partial.open("rb") as file:
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-
-
 class Ledger:
-    """Markers of one stage of a dataset directory."""
+    """Markers of one stage of a dataset."""
 
-    def __init__(self, dataset_dir: Path | str, stage: str) -> None:
-        self.dataset_dir = Path(dataset_dir)
+    def __init__(self, dataset_dir: DatasetPath | Store, stage: str) -> None:
+        self.store = open_store(dataset_dir)
         self.stage = stage
 
-    def path(self, unit: str) -> Path:
+    def path(self, unit: str) -> str:
         """Where the marker of `unit` lies."""
-        return self.dataset_dir / LEDGER_FOLDER / self.stage / f"{unit}.json"
+        return f"{LEDGER_FOLDER}/{self.stage}/{unit}.json"
 
     def read(self, unit: str) -> Marker | None:
         """The marker of `unit`; none where there is none, or one of another version."""
         try:
-            return Marker.model_validate_json(self.path(unit).read_text(encoding="utf-8"))
+            return Marker.model_validate_json(self.store.read_text(self.path(unit)))
         except (FileNotFoundError, ValidationError):
             return None
 
-    def read_matching(self, unit: str, wanted: str) -> Marker | None:
-        """The marker of `unit` if its fingerprint is `wanted` and its files are still there."""
+    def read_all(self, units: Iterable[str]) -> dict[str, Marker]:
+        """Markers of `units`, those that there are."""
+        names = list(units)
+        with ThreadPoolExecutor(READERS) as pool:
+            markers = zip(names, pool.map(self.read, names), strict=True)
+            return {name: marker for name, marker in markers if marker is not None}
+
+    def read_matching(self, unit: str, wanted: Wanted) -> Marker | None:
+        """The marker of `unit` if it is the wanted one and its files are still there."""
         marker = self.read(unit)
-        if marker is None or marker.fingerprint != wanted:
+        if marker is None or not marker.fits(wanted):
             return None
-        return marker if all(self._is_intact(record) for record in marker.files) else None
+        intact = (self.store.size(record.path) == record.bytes for record in marker.files)
+        return marker if all(intact) else None
 
-    def read_done(self, unit: str, wanted: str) -> Marker | None:
-        """The marker of `unit` if it needs no work, else none.
+    def read_done(
+        self, wanted: Mapping[str, Wanted], retry_dead: bool = False
+    ) -> dict[str, Marker]:
+        """Markers of the units that need no work.
 
-        Inputs that failed for a passing reason get :data:`MAX_ATTEMPTS` runs in all.
+        Inputs that failed for a passing reason get :data:`MAX_ATTEMPTS` runs in all; with
+        `retry_dead` whatever failed gets another one.
         """
-        marker = self.read_matching(unit, wanted)
-        if marker and marker.counters.get("retryable") and marker.attempts < MAX_ATTEMPTS:
-            return None
-        return marker
-
-    def attempt(self, unit: str, wanted: str) -> int:
-        """Number of the run that `unit` is about to get with this fingerprint, from 1."""
-        marker = self.read(unit)
-        return marker.attempts + 1 if marker and marker.fingerprint == wanted else 1
+        markers = self.read_all(wanted)
+        sizes: dict[str, int] = {}
+        if markers:
+            for kind in STAGE_KINDS[self.stage]:
+                sizes |= self.store.files(FOLDERS[kind])
+        return {
+            unit: marker
+            for unit, marker in markers.items()
+            if marker.fits(wanted[unit])
+            and not marker.is_to_be_retried(retry_dead)
+            and all(sizes.get(record.path) == record.bytes for record in marker.files)
+        }
 
     def finish(
         self,
         unit: str,
-        wanted: str,
+        wanted: Wanted,
         files: Iterable[FileRecord],
-        counters: dict[str, float],
+        counters: dict[str, float] | None = None,
+        attempts: int = 1,
     ) -> Marker:
-        """Write the marker of `unit`, then remove what an earlier run of it left over."""
+        """Write the marker of `unit`, after its files."""
         marker = Marker(
             unit=unit,
-            fingerprint=wanted,
+            settings=wanted.settings,
+            inputs=wanted.inputs,
             files=tuple(files),
-            counters=counters,
-            attempts=self.attempt(unit, wanted),
+            counters=counters or {},
+            attempts=attempts,
         )
-        write_atomically(self.path(unit), marker.model_dump_json(indent=1) + "\n")
-        self._sweep(unit, {record.path for record in marker.files})
+        self.write(marker)
         return marker
 
-    def _sweep(self, unit: str, keep: set[str]) -> None:
-        for kind in STAGE_KINDS[self.stage]:
-            for pattern in (f"{kind}-{unit}-*", f".{kind}-{unit}-*.partial"):
-                for path in (self.dataset_dir / FOLDERS[kind]).glob(pattern):
-                    if path.relative_to(self.dataset_dir).as_posix() not in keep:
-                        path.unlink()
+    def write(self, marker: Marker) -> None:
+        """Replace the marker of a unit."""
+        self.store.write_text(self.path(marker.unit), marker.model_dump_json(indent=1) + "\n")
 
-    def _is_intact(self, record: FileRecord) -> bool:
-        path = self.dataset_dir / record.path
-        return path.exists() and path.stat().st_size == record.bytes
+    def attempt(self, unit: str, wanted: Wanted) -> int:
+        """Number of the run that `unit` is about to get with these settings, from 1."""
+        marker = self.read(unit)
+        return marker.attempts + 1 if marker and marker.fits(wanted) else 1
+
+    def sweep(self, markers: Iterable[Marker]) -> None:
+        """Remove files of this stage that no marker lists: what interrupted runs left over."""
+        keep = {record.path for marker in markers for record in marker.files}
+        for kind in STAGE_KINDS[self.stage]:
+            for path in self.store.files(FOLDERS[kind]):
+                name = path.rsplit("/", 1)[-1].removeprefix(".")
+                if path not in keep and name.startswith(f"{kind}-"):
+                    self.store.delete(path)
+
+
+def require_markers(
+    dataset_dir: DatasetPath | Store, stage: str, units: Sequence[str]
+) -> dict[str, Marker]:
+    """The markers that an earlier stage left for units.
+
+    Raises:
+        UserError: if that stage has not finished one.
+    """
+    store = open_store(dataset_dir)
+    markers = Ledger(store, stage).read_all(units)
+    for unit in units:
+        if unit not in markers:
+            raise UserError(
+                f"dataset {store.root} is not finished with {stage} (unit {unit}): run "
+                f"`streamdit ingest --only {stage}` (again) first"
+            )
+    return markers

@@ -2,73 +2,84 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.annotate import require_marker
 from pipeline.config import IngestConfig
-from pipeline.dead_letters import DeadLetter, read_unit_dead_letters
+from pipeline.dead_letters import DeadLetter, quarantined, read_unit_dead_letters
 from pipeline.graph import Row
-from pipeline.ledger import MAX_ATTEMPTS, Ledger, Marker, fingerprint
+from pipeline.ledger import (
+    MAX_ATTEMPTS,
+    STAGE_KINDS,
+    Ledger,
+    Marker,
+    Wanted,
+    fingerprint,
+    require_markers,
+)
 from pipeline.schema import ANNOTATION_SCHEMA, CLIP_SCHEMA
 from pipeline.select import select_rows
+from pipeline.shards import read_table
+from pipeline.store import Store
 from streamdit.config import AutoencoderIdentity
 from streamdit.errors import UserError
 
 REVISION = 1
 """Raised when the code changes what it encodes, so that old units are done again."""
 
-
-@dataclass(frozen=True)
-class Fingerprints:
-    """Hashes of what latents and texts depend on, apart from the clips themselves."""
-
-    latents: str
-    text_base: str
-
-    @staticmethod
-    def of(config: IngestConfig, identity: AutoencoderIdentity) -> Fingerprints:
-        """Hashes for one configuration and autoencoder."""
-        latents = [
-            REVISION,
-            identity.sha256,
-            config.clip.bucket,
-            config.clip.fps,
-            config.encode,
-            config.shards.model_dump(exclude={"text_dtype"}),
-            config.threads,
-        ]
-        texts = [
-            REVISION,
-            config.text_encoders,
-            config.shards.model_dump(exclude={"latent_dtype"}),
-            config.encode.batch,
-            config.threads,
-        ]
-        return Fingerprints(fingerprint("latents", *latents), fingerprint("text", *texts))
-
-    def text(self, captions: Iterable[Sequence[str]]) -> str:
-        """Hash for the text shards of these (shard, clip id, caption, caption model) rows."""
-        return fingerprint(self.text_base, [list(row) for row in captions])
+LATENTS, TEXT = "latents", "text"
+CAPTIONS_INPUT = "captions"
+assert {LATENTS, TEXT} < set(STAGE_KINDS)
 
 
-def unit_table(dataset: Path, unit: str) -> pa.Table:
+def latent_settings(config: IngestConfig, identity: AutoencoderIdentity) -> dict[str, Any]:
+    """What latents depend on, apart from the clips themselves."""
+    return {
+        "revision": REVISION,
+        "autoencoder": identity.sha256,
+        "clip": {"buckets": [s.name for s in config.clip.shapes], "fps": config.clip.fps},
+        "encode": {
+            "batch": config.encode.batch,
+            "device": "gpu" if config.encode.autoencoder_gpus else "cpu",
+        },
+        "shards": config.shards.model_dump(mode="json", exclude={"text_dtype"}),
+        "threads": config.threads,
+    }
+
+
+def text_settings(config: IngestConfig) -> dict[str, Any]:
+    """What text states depend on, apart from the captions."""
+    return {
+        "revision": REVISION,
+        "text_encoders": {
+            encoder.name: encoder.model_dump(mode="json", exclude={"name"})
+            for encoder in config.text_encoders
+        },
+        "encode": {
+            "text_batch": config.encode.text_batch,
+            "text_device": "gpu" if config.encode.text_gpus else "cpu",
+        },
+        "shards": config.shards.model_dump(mode="json", exclude={"latent_dtype"}),
+        "threads": config.threads,
+    }
+
+
+def unit_table(store: Store, unit: str) -> pa.Table:
     """Clips of a unit with their annotations, ordered by clip id.
 
     Raises:
         UserError: if the unit is not curated or annotated, or was curated again since.
     """
-    clips = _read(dataset, require_marker(dataset, "curate", unit), "clip", CLIP_SCHEMA)
-    notes = _read(
-        dataset, require_marker(dataset, "annotate", unit), "annotation", ANNOTATION_SCHEMA
-    )
+    curated = require_markers(store, "curate", [unit])[unit]
+    annotated = require_markers(store, "annotate", [unit])[unit]
+    clips = read_table(store, curated, "clip", CLIP_SCHEMA)
+    notes = read_table(store, annotated, "annotation", ANNOTATION_SCHEMA)
     if clips["clip_id"] != notes["clip_id"]:
         raise UserError(
-            f"dataset {dataset} has annotations of other clips (unit {unit}): run "
+            f"dataset {store.root} has annotations of other clips (unit {unit}): run "
             "`streamdit ingest --only annotate` again"
         )
     for name in ANNOTATION_SCHEMA.names[1:]:
@@ -76,89 +87,123 @@ def unit_table(dataset: Path, unit: str) -> pa.Table:
     return clips
 
 
-def select_unit(dataset: Path, unit: str, config: IngestConfig) -> pa.Table:
-    """Clips of a unit that the selection keeps and that have the configured shape."""
-    table = unit_table(dataset, unit)
-    clips = select_rows(table, config.selection.expression)
+def select_unit(store: Store, unit: str, config: IngestConfig) -> pa.Table:
+    """Clips of a unit that the selection keeps.
+
+    Raises:
+        UserError: if there are clips of a bucket that is not configured.
+    """
+    clips = select_rows(unit_table(store, unit), config.selection.expression)
     buckets = set(clips["bucket"].to_pylist())
-    if buckets - {config.clip.bucket}:
+    wanted = [shape.name for shape in config.clip.shapes]
+    if not buckets <= set(wanted):
         raise UserError(
-            f"dataset {dataset} was curated for clips of {', '.join(sorted(buckets))}, but the "
-            f"configuration says {config.clip.bucket}: use the same `clip` for all stages, or run "
-            "`streamdit ingest --only curate` again"
+            f"dataset {store.root} was curated for clips of {', '.join(sorted(buckets))}, but the "
+            f"configuration says {', '.join(wanted)}: use the same `clip` for all stages, or run "
+            "`streamdit ingest --only curate --replace` again"
         )
     return clips
 
 
-def _read(dataset: Path, marker: Marker, kind: str, schema: pa.Schema) -> pa.Table:
-    paths = [record.path for record in marker.files if record.kind == kind]
-    tables = [pq.read_table(dataset / path, schema=schema) for path in paths]
-    return pa.concat_tables([schema.empty_table(), *tables]).sort_by("clip_id").combine_chunks()
-
-
 @dataclass(frozen=True)
-class UnitWork:
-    """What is there of a unit, and what is missing."""
+class LatentWork:
+    """What there is of a unit's latents, and what is missing."""
 
     unit: str
-    latents: Marker | None
+    marker: Marker | None
     """Marker of latents that are still right; none if the unit is to be encoded afresh."""
-    stored: list[tuple[str, list[str]]]
-    """Latent shards that are still right, each with its clip ids in order."""
     dead: list[DeadLetter]
     """Clips that could not be decoded earlier."""
     missing: list[Row]
     """Selected clips that have no latent yet."""
-    wanted: Fingerprints
-    captions: dict[str, tuple[str, str]]
-    """Clip id to caption and its origin."""
-    text: Marker | None
 
     @staticmethod
-    def find(dataset: Path, unit: str, selected: pa.Table, wanted: Fingerprints) -> UnitWork:
-        """Compare the markers of `unit` with what it should be."""
-        latents = Ledger(dataset, "latents").read_matching(unit, wanted.latents)
-        files = latents.files if latents else ()
-        stored = [(record.path, shard_clip_ids(dataset / record.path)) for record in files]
-        dead = read_unit_dead_letters(dataset, "latents", unit) if latents else []
-        settled = {clip_id for _, ids in stored for clip_id in ids}
+    def find(
+        store: Store, unit: str, selected: pa.Table, wanted: Wanted, retry_dead: bool = False
+    ) -> LatentWork:
+        """Compare the marker of `unit` with what it should be."""
+        marker = Ledger(store, LATENTS).read_matching(unit, wanted)
+        stored = {clip_id for _, ids in stored_clips(store, marker) for clip_id in ids}
+        dead = read_unit_dead_letters(store, LATENTS, unit) if marker else []
         given_up = {
             (letter.source_id, letter.start_s)
             for letter in dead
-            if not letter.retryable or letter.attempts >= MAX_ATTEMPTS
+            if not retry_dead and (not letter.retryable or letter.attempts >= MAX_ATTEMPTS)
         }
         missing = [
             row
             for row in selected.to_pylist()
-            if row["clip_id"] not in settled and (row["source_id"], row["start_s"]) not in given_up
+            if row["clip_id"] not in stored and (row["source_id"], row["start_s"]) not in given_up
         ]
-        table = unit_table(dataset, unit).select(["clip_id", "caption", "caption_model"])
-        captions = {
-            row["clip_id"]: (row["caption"], row["caption_model"]) for row in table.to_pylist()
-        }
-        work = UnitWork(unit, latents, stored, dead, missing, wanted, captions, None)
-        marker = Ledger(dataset, "text").read_matching(unit, wanted.text(work.text_content()))
-        return replace(work, text=marker)
+        return LatentWork(unit, marker, dead, missing)
 
     @property
     def is_done(self) -> bool:
         """Whether nothing is to be encoded."""
-        return self.latents is not None and self.text is not None and not self.missing
+        return self.marker is not None and not self.missing
 
     @property
     def counters(self) -> dict[str, float]:
         """Totals for summaries."""
-        return {"clips": sum(len(ids) for _, ids in self.stored), "dead": len(self.dead)}
+        return dict(self.marker.counters) if self.marker else {}
 
-    def text_content(self) -> list[tuple[str, str, str, str]]:
-        """(latent shard, clip id, caption, caption model) of every stored clip, in order."""
-        return [
-            (path, clip_id, *self.captions.get(clip_id, ("", "")))
-            for path, ids in self.stored
-            for clip_id in ids
+
+def stored_clips(store: Store, marker: Marker | None) -> list[tuple[str, list[str]]]:
+    """Shards that a marker lists, each with its clip ids in order; no payload is read."""
+    files = marker.files if marker else ()
+    return [
+        (
+            record.path,
+            pq.read_table(store.source(record.path), columns=["clip_id"])["clip_id"].to_pylist(),
+        )
+        for record in files
+    ]
+
+
+def quarantined_sources(store: Store, unit: str) -> set[str | None]:
+    """Sources whose decoder crashed or hung in an earlier stage, or with an earlier clip."""
+    return set(quarantined(store, ["annotate", LATENTS], unit))
+
+
+@dataclass(frozen=True)
+class TextWork:
+    """The captions whose states belong beside a unit's latents."""
+
+    unit: str
+    shards: list[tuple[str, list[Row]]]
+    """Latent shards, each with `clip_id`, `caption` and `caption_model` of its clips in order."""
+
+    @staticmethod
+    def find(store: Store, unit: str) -> TextWork:
+        """Read captions of the clips that are encoded."""
+        marker = require_markers(store, LATENTS, [unit])[unit]
+        columns = ["clip_id", "caption", "caption_model"]
+        known = {row["clip_id"]: row for row in unit_table(store, unit).select(columns).to_pylist()}
+        shards = [
+            (path, [known.get(clip_id, _no_caption(clip_id)) for clip_id in ids])
+            for path, ids in stored_clips(store, marker)
         ]
+        return TextWork(unit, shards)
+
+    def wanted(self, settings: str) -> Wanted:
+        """What the text shards of these captions depend on."""
+        content = [[path, [list(row.values()) for row in rows]] for path, rows in self.shards]
+        return Wanted(settings=settings, inputs={CAPTIONS_INPUT: fingerprint(content)})
+
+    @property
+    def clips(self) -> int:
+        """Number of captions."""
+        return sum(len(rows) for _, rows in self.shards)
 
 
-def shard_clip_ids(path: Path) -> list[str]:
-    """Clip ids of a shard, in order; no payload is read."""
-    return pq.read_table(path, columns=["clip_id"])["clip_id"].to_pylist()
+def _no_caption(clip_id: str) -> Row:
+    """For a clip that is encoded but that the clip table does not list any more."""
+    return {"clip_id": clip_id, "caption": "", "caption_model": ""}
+
+
+def nothing_selected(store: Store, config: IngestConfig) -> UserError:
+    """Why there is nothing to encode."""
+    return UserError(
+        f"selection {config.selection.expression!r} keeps no clip of {store.root}: loosen "
+        "selection.expression"
+    )

@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from pipeline.ledger import write_atomically
 from pipeline.sources import Source
 from pipeline.storage import is_s3
+from pipeline.store import DatasetPath, Store, open_store
 from streamdit.errors import UserError
 
 PLAN_FILE = "plan.json"
@@ -44,15 +44,22 @@ class Unit:
         return Unit(values["name"], tuple(sources))
 
 
-def read_plan(dataset_dir: Path | str) -> list[Unit]:
+def read_plan(dataset_dir: DatasetPath | Store) -> list[Unit]:
     """Units of a dataset directory; empty where nothing was curated yet."""
-    path = Path(dataset_dir) / PLAN_FILE
-    if not path.exists():
+    try:
+        text = open_store(dataset_dir).read_text(PLAN_FILE)
+    except FileNotFoundError:
         return []
-    return [Unit.from_json(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [Unit.from_json(line) for line in text.splitlines()]
 
 
-def require_plan(dataset_dir: Path | str) -> list[Unit]:
+def write_plan(dataset_dir: DatasetPath | Store, units: Sequence[Unit]) -> None:
+    """Replace the plan."""
+    lines = "".join(unit.to_json() + "\n" for unit in units)
+    open_store(dataset_dir).write_text(PLAN_FILE, lines)
+
+
+def require_plan(dataset_dir: DatasetPath | Store) -> list[Unit]:
     """Units of a dataset directory that must have been curated.
 
     Raises:
@@ -68,7 +75,7 @@ def require_plan(dataset_dir: Path | str) -> list[Unit]:
 
 
 def extend_plan(
-    dataset_dir: Path | str, sources: Sequence[Source], unit_sources: int
+    dataset_dir: DatasetPath | Store, sources: Sequence[Source], unit_sources: int
 ) -> list[Unit]:
     """Add the sources that are new to the plan and write it; returns all units."""
     units = read_plan(dataset_dir)
@@ -81,8 +88,7 @@ def extend_plan(
     for first in range(0, len(new), unit_sources):
         members = tuple(new[first : first + unit_sources])
         units.append(Unit(_unit_name(members), members))
-    lines = "".join(unit.to_json() + "\n" for unit in units)
-    write_atomically(Path(dataset_dir) / PLAN_FILE, lines)
+    write_plan(dataset_dir, units)
     return units
 
 

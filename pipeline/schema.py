@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterable
-from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor
 from typing import Literal
 
 import pyarrow as pa
@@ -21,10 +21,12 @@ import pyarrow.parquet as pq
 import torch
 from pydantic import Field, ValidationError
 
+from pipeline.store import DatasetPath, Store, open_store, walk_parquet
 from streamdit.config import AutoencoderIdentity, StrictModel, TextEncoderConfig
 from streamdit.errors import UserError
 
 FORMAT_VERSION = 1
+READERS = 8
 MANIFEST_FILE = "manifest.json"
 AUTOENCODER_FOLDER = "autoencoder"
 NULL_TEXT_FILE = "text/null.parquet"
@@ -237,15 +239,16 @@ class Manifest(StrictModel):
         return tuple(record for record in self.files if record.kind == kind)
 
 
-def load_manifest(dataset_dir: Path | str) -> Manifest:
+def load_manifest(dataset_dir: DatasetPath | Store) -> Manifest:
     """Read `manifest.json` of a dataset directory.
 
     Raises:
         UserError: if there is none, or this version cannot read it.
     """
-    path = Path(dataset_dir) / MANIFEST_FILE
+    store = open_store(dataset_dir)
+    path = store.uri(MANIFEST_FILE)
     try:
-        text = path.read_text(encoding="utf-8")
+        text = store.read_text(MANIFEST_FILE)
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(
             f"dataset {dataset_dir} has no {MANIFEST_FILE}: it is not a dataset directory or its "
@@ -262,46 +265,60 @@ def load_manifest(dataset_dir: Path | str) -> Manifest:
         ) from None
 
 
-def read_clips(dataset_dir: Path | str) -> pa.Table:
+def read_clips(dataset_dir: DatasetPath | Store) -> pa.Table:
     """All training clips that `curate` found (:data:`CLIP_SCHEMA`), ordered by id.
 
     Raises:
         UserError: if there is no clip table.
     """
-    return _read_tables(dataset_dir, "clip", CLIP_SCHEMA, "curate").sort_by("clip_id")
+    return _require_tables(dataset_dir, "clip", CLIP_SCHEMA, "curate").sort_by("clip_id")
 
 
-def read_annotations(dataset_dir: Path | str) -> pa.Table:
+def read_annotations(dataset_dir: DatasetPath | Store) -> pa.Table:
     """Captions and scores that `annotate` wrote (:data:`ANNOTATION_SCHEMA`), ordered by clip id.
 
     Raises:
         UserError: if there is no annotation table.
     """
-    return _read_tables(dataset_dir, "annotation", ANNOTATION_SCHEMA, "annotate").sort_by("clip_id")
+    table = _require_tables(dataset_dir, "annotation", ANNOTATION_SCHEMA, "annotate")
+    return table.sort_by("clip_id")
 
 
-def read_dead_letters(dataset_dir: Path | str) -> pa.Table:
+def read_dead_letters(dataset_dir: DatasetPath | Store) -> pa.Table:
     """Inputs that failed in any stage (:data:`DEAD_LETTER_SCHEMA`); may be empty."""
-    folder = Path(dataset_dir) / FOLDERS["dead"]
-    tables = [pq.read_table(path, schema=DEAD_LETTER_SCHEMA) for path in _tables_in(folder)]
+    tables = read_tables(open_store(dataset_dir), FOLDERS["dead"], DEAD_LETTER_SCHEMA)
     return pa.concat_tables([DEAD_LETTER_SCHEMA.empty_table(), *tables]).sort_by(
         [("uri", "ascending"), ("stage", "ascending"), ("start_s", "ascending")]
     )
 
 
-def _read_tables(dataset_dir: Path | str, kind: str, schema: pa.Schema, stage: str) -> pa.Table:
+def read_sources(dataset_dir: DatasetPath | Store) -> pa.Table:
+    """Videos that `curate` could decode (:data:`SOURCE_SCHEMA`), ordered by id.
+
+    Raises:
+        UserError: if there is no source table.
+    """
+    return _require_tables(dataset_dir, "source", SOURCE_SCHEMA, "curate").sort_by("source_id")
+
+
+def _require_tables(
+    dataset_dir: DatasetPath | Store, kind: str, schema: pa.Schema, stage: str
+) -> pa.Table:
     """Every table of `kind`, as one."""
-    paths = _tables_in(Path(dataset_dir) / FOLDERS[kind])
-    if not paths:
+    tables = read_tables(open_store(dataset_dir), FOLDERS[kind], schema)
+    if not tables:
         raise UserError(
             f"dataset {dataset_dir} has no {kind} table: run "
             f"`streamdit ingest --only {stage}` first"
         )
-    return pa.concat_tables(pq.read_table(path, schema=schema) for path in paths)
+    return pa.concat_tables(tables)
 
 
-def _tables_in(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.glob("**/*.parquet") if not path.name.startswith("."))
+def read_tables(store: Store, folder: str, schema: pa.Schema) -> list[pa.Table]:
+    """Every published table below a folder, in order of their names."""
+    paths = list(walk_parquet(store, folder))
+    with ThreadPoolExecutor(READERS) as pool:
+        return list(pool.map(lambda path: pq.read_table(store.source(path), schema=schema), paths))
 
 
 def encode_tensor(tensor: torch.Tensor) -> tuple[bytes, list[int], str, int]:

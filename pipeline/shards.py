@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.config import ShardConfig
-from pipeline.ledger import partial_path, publish
+from pipeline.ledger import Marker
 from pipeline.schema import FOLDERS, FileKind, FileRecord
-from streamdit.hashing import file_sha256
+from pipeline.store import Sink, Store
 
 NO_BUCKET = "all"
 
@@ -30,37 +30,48 @@ def bucket_and_part(path: str) -> tuple[str, int]:
 
 
 def write_table(
-    dataset_dir: Path, path: str, kind: FileKind, rows: list[dict[str, Any]], schema: pa.Schema
+    store: Store,
+    path: str,
+    kind: FileKind,
+    rows: pa.Table | list[dict[str, Any]],
+    schema: pa.Schema,
 ) -> FileRecord:
     """Write a small table in one row group, atomically."""
-    target = dataset_dir / path
-    with open_parquet(target, schema) as writer:
-        writer.write_table(pa.Table.from_pylist(rows, schema=schema))
-    publish(partial_path(target), target)
-    return describe_file(dataset_dir, path, kind, len(rows))
+    table = rows if isinstance(rows, pa.Table) else pa.Table.from_pylist(rows, schema=schema)
+    sink = store.sink(path)
+    with open_parquet(sink.file, schema) as writer:
+        writer.write_table(table, row_group_size=max(1, table.num_rows))
+    size, digest = sink.finish()
+    return FileRecord(path=path, kind=kind, rows=table.num_rows, bytes=size, sha256=digest)
 
 
-def open_parquet(target: Path, schema: pa.Schema) -> pq.ParquetWriter:
-    """Writer of the hidden partial file of `target`.
+def read_table(
+    store: Store, marker: Marker, kind: FileKind, schema: pa.Schema, key: str = "clip_id"
+) -> pa.Table:
+    """The table of one kind that a marker lists, ordered by `key`."""
+    paths = [record.path for record in marker.files if record.kind == kind]
+    tables = [pq.read_table(store.source(path), schema=schema) for path in paths]
+    return pa.concat_tables([schema.empty_table(), *tables]).sort_by(key).combine_chunks()
+
+
+def read_rows(store: Store, marker: Marker, kind: FileKind) -> list[dict[str, Any]]:
+    """Rows of the tables of one kind that a marker lists."""
+    paths = [record.path for record in marker.files if record.kind == kind]
+    return [row for path in paths for row in pq.read_table(store.source(path)).to_pylist()]
+
+
+def open_parquet(file: BinaryIO, schema: pa.Schema) -> pq.ParquetWriter:
+    """Writer into an open file, which it leaves open.
 
     Dictionaries and statistics are off: they would make a second copy of payloads in memory.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
     return pq.ParquetWriter(
-        partial_path(target),
+        pa.PythonFile(file, mode="w"),
         schema,
         compression="zstd",
         compression_level=1,
         use_dictionary=False,
         write_statistics=False,
-    )
-
-
-def describe_file(dataset_dir: Path, path: str, kind: FileKind, rows: int) -> FileRecord:
-    """Size and hash of a published file."""
-    target = dataset_dir / path
-    return FileRecord(
-        path=path, kind=kind, rows=rows, bytes=target.stat().st_size, sha256=file_sha256(target)
     )
 
 
@@ -73,7 +84,7 @@ class ShardWriter:
 
     def __init__(
         self,
-        dataset_dir: Path,
+        store: Store,
         kind: FileKind,
         unit: str,
         bucket: str,
@@ -81,7 +92,7 @@ class ShardWriter:
         config: ShardConfig,
         first_part: int = 0,
     ) -> None:
-        self.dataset_dir = dataset_dir
+        self.store = store
         self.kind = kind
         self.unit = unit
         self.bucket = bucket
@@ -90,6 +101,7 @@ class ShardWriter:
         self.shard_bytes = config.shard_mb * 1e6
         self.part = first_part
         self.records: list[FileRecord] = []
+        self._sink: Sink | None = None
         self._writer: pq.ParquetWriter | None = None
         self._rows: list[Mapping[str, Any]] = []
         self._group = self._shard = self._written = 0
@@ -105,8 +117,8 @@ class ShardWriter:
     ) -> None:
         if error is None:
             self.finish_shard()
-        elif self._writer is not None:
-            self._writer.close()
+        elif self._sink is not None:
+            self._sink.discard()
 
     def add(self, row: Mapping[str, Any]) -> None:
         """Append one row."""
@@ -122,23 +134,30 @@ class ShardWriter:
     def finish_shard(self) -> None:
         """Publish the file under way, if it has rows; the next row starts another."""
         self._flush()
-        if self._writer is None:
+        if self._writer is None or self._sink is None:
             return
         self._writer.close()
-        path = file_name(self.kind, self.unit, self.bucket, self.part)
-        publish(partial_path(self.dataset_dir / path), self.dataset_dir / path)
-        self.records.append(describe_file(self.dataset_dir, path, self.kind, self._written))
-        self._writer = None
+        size, digest = self._sink.finish()
+        self.records.append(
+            FileRecord(
+                path=self._path, kind=self.kind, rows=self._written, bytes=size, sha256=digest
+            )
+        )
+        self._writer = self._sink = None
         self.part += 1
         self._shard = self._written = 0
+
+    @property
+    def _path(self) -> str:
+        return file_name(self.kind, self.unit, self.bucket, self.part)
 
     def _flush(self) -> None:
         """Write the rows collected so far as one row group."""
         if not self._rows:
             return
         if self._writer is None:
-            path = file_name(self.kind, self.unit, self.bucket, self.part)
-            self._writer = open_parquet(self.dataset_dir / path, self.schema)
+            self._sink = self.store.sink(self._path)
+            self._writer = open_parquet(self._sink.file, self.schema)
         table = pa.Table.from_pylist(self._rows, schema=self.schema)
         self._writer.write_table(table, row_group_size=len(self._rows))
         self._written += len(self._rows)

@@ -9,6 +9,7 @@ import functools
 import hashlib
 import io
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 from urllib.parse import unquote_to_bytes
@@ -17,10 +18,15 @@ from pipeline.archives import Member
 
 READ_AHEAD = 1 << 20
 DATA_PREFIX = "data:"
+MISSING_CODES = ("404", "NoSuchKey", "NoSuchBucket", "NotFound")
 
 
 class StorageError(ConnectionError):
     """An S3 store refused a request, or did not answer."""
+
+
+class MissingObjectError(StorageError, FileNotFoundError):
+    """There is no such object in an S3 store."""
 
 
 def is_s3(uri: str) -> bool:
@@ -86,7 +92,7 @@ def read_bytes(uri: str) -> bytes:
     if not is_s3(uri):
         return Path(uri).read_bytes()
     bucket, key = split_s3(uri)
-    return _call_s3(uri, "get_object", Bucket=bucket, Key=key)["Body"].read()
+    return call_s3(uri, "get_object", Bucket=bucket, Key=key)["Body"].read()
 
 
 def read_span(uri: str, start: int, length: int) -> bytes:
@@ -102,17 +108,34 @@ def read_span(uri: str, start: int, length: int) -> bytes:
             return file.read(length)
     bucket, key = split_s3(uri)
     span = f"bytes={start}-{start + length - 1}"
-    return _call_s3(uri, "get_object", Bucket=bucket, Key=key, Range=span)["Body"].read()
+    return call_s3(uri, "get_object", Bucket=bucket, Key=key, Range=span)["Body"].read()
 
 
-def _call_s3(uri: str, operation: str, **arguments: Any) -> dict[str, Any]:
+def call_s3(uri: str, operation: str, **arguments: Any) -> Any:
     """One request about `uri`, its failure as an OSError like that of a local file."""
+    import boto3.exceptions
     import botocore.exceptions
 
     try:
         return getattr(s3_client(), operation)(**arguments)
-    except (botocore.exceptions.ClientError, botocore.exceptions.BotoCoreError) as error:
+    except botocore.exceptions.ClientError as error:
+        missing = error.response.get("Error", {}).get("Code") in MISSING_CODES
+        raise (MissingObjectError if missing else StorageError)(f"{uri}: {error}") from None
+    except (botocore.exceptions.BotoCoreError, boto3.exceptions.Boto3Error) as error:
         raise StorageError(f"{uri}: {error}") from None
+
+
+def list_objects(uri: str) -> Iterator[tuple[str, int]]:
+    """Address and size of every object under an `s3://bucket/prefix`."""
+    bucket, prefix = split_s3(uri)
+    request: dict[str, str] = {"Bucket": bucket, "Prefix": prefix}
+    while True:
+        page = call_s3(uri, "list_objects_v2", **request)
+        for item in page.get("Contents", ()):
+            yield f"s3://{bucket}/{item['Key']}", int(item["Size"])
+        if not page.get("IsTruncated"):
+            return
+        request["ContinuationToken"] = page["NextContinuationToken"]
 
 
 def content_version(uri: str) -> str:
@@ -124,7 +147,7 @@ def content_version(uri: str) -> str:
             return ""
     bucket, key = split_s3(uri)
     try:
-        return str(_call_s3(uri, "head_object", Bucket=bucket, Key=key)["ETag"])
+        return str(call_s3(uri, "head_object", Bucket=bucket, Key=key)["ETag"])
     except StorageError:
         return ""
 
@@ -170,5 +193,5 @@ class S3Object(FileSpan):
 
     def __init__(self, uri: str) -> None:
         bucket, key = split_s3(uri)
-        head = _call_s3(uri, "head_object", Bucket=bucket, Key=key)
+        head = call_s3(uri, "head_object", Bucket=bucket, Key=key)
         super().__init__(uri, 0, int(head["ContentLength"]))

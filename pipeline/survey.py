@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
 from typing import Any
 
-from pipeline.config import ClipConfig, SceneConfig
+from pipeline.buckets import Span, best_shape, clip_spans
+from pipeline.config import BucketShape, ClipConfig, SceneConfig
 from pipeline.decode import DecodeError, VideoInfo, probe, scan
 from pipeline.scenes import Scene, SceneFinder
 from pipeline.scores import FrameScores
@@ -52,10 +52,11 @@ def survey(
     end_s = _end_of(finder.times, info)
     _check_whole(info, len(finder.times), end_s)
     found = finder.scenes(end_s)
+    shapes = {n: best_shape(info.height, info.width, n, clip) for n in clip.lengths}
     clips = [
-        _clip_row(uri, source_id, clip, index, scene, start_s, scores)
+        _clip_row(uri, source_id, clip, index, scene, span, shapes[span.frames], scores)
         for index, scene in enumerate(found)
-        for start_s in clip_starts(scene, clip)
+        for span in clip_spans(scene.start_s, scene.end_s, clip)
     ]
     source = {
         "source_id": source_id,
@@ -72,19 +73,9 @@ def survey(
     return source, clips
 
 
-def clip_starts(scene: Scene, clip: ClipConfig) -> Iterator[float]:
-    """Starts in seconds of the clips that fit into a scene, `stride_frames` apart."""
-    index = 0
-    while (
-        start_s := scene.start_s + index * clip.stride_s
-    ) + clip.duration_s <= scene.end_s + 1e-3:
-        yield round(start_s, 6)
-        index += 1
-
-
-def clip_identity(source_id: str, start_s: float, end_s: float, clip: ClipConfig) -> str:
+def clip_identity(source_id: str, start_s: float, end_s: float, fps: float, frames: int) -> str:
     """Identity of a clip: which span of which content, at what rate; 16 hexadecimal digits."""
-    text = f"{source_id}:{start_s:.6f}:{end_s:.6f}:{clip.fps:g}:{clip.frames}"
+    text = f"{source_id}:{start_s:.6f}:{end_s:.6f}:{fps:g}:{frames}"
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -94,21 +85,23 @@ def _clip_row(
     clip: ClipConfig,
     index: int,
     scene: Scene,
-    start_s: float,
+    span: Span,
+    shape: BucketShape,
     scores: FrameScores,
 ) -> dict[str, Any]:
-    end_s = round(start_s + clip.duration_s, 6)
+    start_s, frames = span
+    end_s = round(start_s + frames / clip.fps, 6)
     return {
-        "clip_id": clip_identity(source_id, start_s, end_s, clip),
+        "clip_id": clip_identity(source_id, start_s, end_s, clip.fps, frames),
         "source_id": source_id,
         "uri": uri,
         "start_s": start_s,
         "end_s": end_s,
         "fps": clip.fps,
-        "bucket": clip.bucket,
-        "frames": clip.frames,
-        "height": clip.height,
-        "width": clip.width,
+        "bucket": shape.name,
+        "frames": frames,
+        "height": shape.height,
+        "width": shape.width,
         "scene": index,
         "scene_start_s": scene.start_s,
         "scene_end_s": scene.end_s,

@@ -4,14 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.captions import (
-    CaptionFileError,
-    CocaCaptioner,
-    Cue,
-    caption_for,
-    parse_vtt,
-    read_cues,
-)
+from pipeline.captions import CaptionFileError, Cue, caption_for, parse_vtt, read_cues
+from pipeline.coca import CocaCaptioner
 from streamdit.errors import UserError
 
 VTT = """WEBVTT - title

@@ -111,7 +111,7 @@ def test_a_call_over_the_deadline_is_killed_and_the_next_one_works():
         started = time.monotonic()
         with pytest.raises(ChildError, match=r"DeadlineExceeded: sleep took over 0\.3 s") as error:
             child.call(time.sleep, 60, deadline_s=0.3)
-        assert error.value.retryable
+        assert not error.value.retryable
         assert time.monotonic() - started < 30
         assert child.call(divmod, 7, 2, deadline_s=30) == (3, 1)
     finally:
@@ -128,6 +128,22 @@ def test_a_crash_loses_only_the_call_that_crashed():
         with pytest.raises(ChildError, match=r"DecoderCrashed: .*SIGSEGV") as error:
             child.result()
         assert not error.value.retryable
+        assert child.result() == 3
+    finally:
+        child.close()
+
+
+def test_a_call_whose_process_is_killed_from_outside_runs_again(tmp_path):
+    mark = str(tmp_path / "mark")
+    killed_once = (
+        f"(os := __import__('os')).path.exists({mark!r}) "
+        f"or (open({mark!r}, 'w').close(), os.kill(os.getpid(), 9))"
+    )
+    child = Child()
+    try:
+        child.submit(eval, killed_once, deadline_s=30)
+        child.submit(abs, -3, deadline_s=30)
+        assert child.result() is True
         assert child.result() == 3
     finally:
         child.close()

@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import COLOURS, file_hashes, run_in_a_loop, write_shots
 
-from pipeline import encode as encode_module
+from pipeline import stage_latents
 from pipeline.annotate import annotate
 from pipeline.clips import read_clip
 from pipeline.curate import curate
@@ -205,8 +205,8 @@ def test_a_finished_dataset_is_left_alone(
     curate([str(videos)], dataset, small_config, lambda *progress: seen.append(progress))
     annotate(dataset, small_config, lambda *progress: seen.append(progress))
     encode(dataset, autoencoder_dir, small_config, lambda *progress: seen.append(progress))
-    assert [(done, total) for done, total, _ in seen] == [(3, 3), (3, 3), (4, 4)]
-    assert [counters["clips"] for *_, counters in seen] == [22, 22, 22]
+    assert [(done, total) for done, total, _ in seen] == [(3, 3), (3, 3), (3, 7), (7, 7)]
+    assert [counters["clips"] for *_, counters in seen] == [22, 22, 22, 22]
     assert file_hashes(dataset) == before
 
 
@@ -257,13 +257,13 @@ def test_a_looser_selection_encodes_only_the_clips_that_are_new(
         return small_config.model_copy(update={"selection": selection})
 
     encoded = []
-    real = encode_module.latent_row
+    real = stage_latents.latent_row
 
     def counting(clip, latent):
         encoded.append(clip["clip_id"])
         return real(clip, latent)
 
-    monkeypatch.setattr(encode_module, "latent_row", counting)
+    monkeypatch.setattr(stage_latents, "latent_row", counting)
     dataset = tmp_path / "data"
     strict, loose = selecting("scene == 0 and start_s < 0.5"), selecting("scene == 0")
     ingest(videos, dataset, autoencoder_dir, strict)
@@ -451,6 +451,7 @@ def test_jobs_on_ray_write_what_the_plain_functions_write(
     assert [(done, total) for done, total, _ in seen] == [
         *((i, 3) for i in range(4)),
         *((i, 3) for i in range(4)),
-        *((i, 4) for i in range(5)),
+        *((i, 7) for i in range(4)),
+        *((i, 7) for i in range(3, 8)),
     ]
     assert file_hashes(on_ray) == file_hashes(dataset)

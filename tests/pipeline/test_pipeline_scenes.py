@@ -9,11 +9,12 @@ from conftest import COLOURS, scene_pictures, write_shots, write_video
 from scenedetect import FrameTimecode, SceneManager, open_video
 from scenedetect.detectors import AdaptiveDetector, ContentDetector, ThresholdDetector
 
+from pipeline.buckets import clip_spans
 from pipeline.config import ClipConfig, SceneConfig
 from pipeline.decode import scan
 from pipeline.detectors import Cut, FastContentDetector, TransNetShots, load_transnet
 from pipeline.scenes import Scene, SceneFinder
-from pipeline.survey import clip_starts, survey
+from pipeline.survey import survey
 
 
 def find(config, pictures, times, end_s):
@@ -171,9 +172,9 @@ def test_the_learned_detector_finds_real_cuts_and_agrees_with_its_package(real_s
 
 def test_clips_fill_a_scene_at_the_stride():
     clip = ClipConfig(frames=16, fps=16.0, height=32, width=32, stride_frames=8)
-    assert list(clip_starts(Scene(1.0, 2.99), clip)) == [1.0, 1.5]
-    assert list(clip_starts(Scene(1.0, 3.0), clip)) == [1.0, 1.5, 2.0]
-    assert list(clip_starts(Scene(0.0, 0.9), clip)) == []
+    assert list(clip_spans(1.0, 2.99, clip)) == [(1.0, 16), (1.5, 16)]
+    assert list(clip_spans(1.0, 3.0, clip)) == [(t, 16) for t in (1.0, 1.5, 2.0)]
+    assert list(clip_spans(0.0, 0.9, clip)) == []
 
 
 def test_survey_describes_the_video_and_its_clips(tmp_path, small_config):

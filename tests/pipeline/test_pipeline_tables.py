@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pipeline.config import ShardConfig
-from pipeline.ledger import Ledger, fingerprint
+from pipeline.ledger import Ledger, Wanted, fingerprint
 from pipeline.schema import (
     LATENT_SCHEMA,
     FileRecord,
@@ -20,6 +20,7 @@ from pipeline.schema import (
 )
 from pipeline.select import select_rows, split_of
 from pipeline.shards import ShardWriter, bucket_and_part, file_name
+from pipeline.store import open_store
 from streamdit.errors import UserError
 
 
@@ -58,7 +59,9 @@ def latent_rows(count, size):
 def test_row_groups_and_shards_are_cut_by_bytes(tmp_path):
     config = ShardConfig(row_group_mb=0.03, shard_mb=0.1)
     rows = list(latent_rows(25, 10_000))
-    with ShardWriter(tmp_path, "latent", "u", "16x8x8", LATENT_SCHEMA, config) as writer:
+    with ShardWriter(
+        open_store(tmp_path), "latent", "u", "16x8x8", LATENT_SCHEMA, config
+    ) as writer:
         for row in rows:
             writer.add(row)
     assert [record.rows for record in writer.records] == [10, 10, 5]
@@ -80,7 +83,9 @@ def test_row_groups_and_shards_are_cut_by_bytes(tmp_path):
 
 def test_a_failed_shard_is_not_published(tmp_path):
     def write():
-        with ShardWriter(tmp_path, "latent", "u", "b", LATENT_SCHEMA, ShardConfig()) as writer:
+        with ShardWriter(
+            open_store(tmp_path), "latent", "u", "b", LATENT_SCHEMA, ShardConfig()
+        ) as writer:
             for row in latent_rows(2, 10):
                 writer.add(row)
             raise RuntimeError("encoder failed")
@@ -105,39 +110,53 @@ def record_of(path, root):
     )
 
 
-def test_a_marker_counts_only_with_its_fingerprint_and_files(tmp_path):
+FIRST, SECOND = Wanted(settings="f1"), Wanted(settings="f2")
+
+
+def test_a_marker_counts_only_with_its_settings_inputs_and_files(tmp_path):
     ledger = Ledger(tmp_path, "latents")
     path = tmp_path / file_name("latent", "u", "b", 0)
     path.parent.mkdir()
     path.write_bytes(b"12345")
-    assert ledger.read_done("u", "f1") is None
-    ledger.finish("u", "f1", [record_of(path, tmp_path)], {"clips": 3})
-    assert ledger.read_done("u", "f1").counters == {"clips": 3}
-    assert ledger.read_done("u", "f2") is None
+    assert ledger.read_done({"u": FIRST}) == {}
+    ledger.finish("u", FIRST, [record_of(path, tmp_path)], {"clips": 3})
+    assert ledger.read_done({"u": FIRST, "v": FIRST})["u"].counters == {"clips": 3}
+    assert ledger.read_matching("u", FIRST).counters == {"clips": 3}
+    for other in (SECOND, Wanted(settings="f1", inputs={"a": "1"})):
+        assert ledger.read_done({"u": other}) == {}
+        assert ledger.read_matching("u", other) is None
     path.write_bytes(b"123")
-    assert ledger.read_done("u", "f1") is None
+    assert ledger.read_done({"u": FIRST}) == {}
+    assert ledger.read_matching("u", FIRST) is None
     path.unlink()
-    assert ledger.read_done("u", "f1") is None
+    assert ledger.read_done({"u": FIRST}) == {}
 
 
-def test_finishing_a_unit_removes_what_earlier_runs_left(tmp_path):
+def test_a_sweep_removes_what_no_marker_lists(tmp_path):
     ledger = Ledger(tmp_path, "latents")
     folder = tmp_path / "latents"
     folder.mkdir()
     names = ["latent-u-b-00000.parquet", "latent-u-b-00001.parquet", ".latent-u-b-00002.parquet"]
-    for name in [*names[:2], names[2] + ".partial", "latent-v-b-00000.parquet"]:
+    for name in [*names[:2], names[2] + ".partial", "latent-v-b-00000.parquet", "mine.txt"]:
         (folder / name).write_bytes(b"x")
-    ledger.finish("u", "f", [record_of(folder / names[0], tmp_path)], {})
-    assert sorted(p.name for p in folder.iterdir()) == [names[0], "latent-v-b-00000.parquet"]
+    markers = [
+        ledger.finish(unit, FIRST, [record_of(folder / f"latent-{unit}-b-00000.parquet", tmp_path)])
+        for unit in ("u", "v")
+    ]
+    ledger.sweep(markers)
+    left = sorted(path.name for path in folder.iterdir())
+    assert left == [names[0], "latent-v-b-00000.parquet", "mine.txt"]
 
 
 def test_passing_failures_get_three_runs(tmp_path):
     ledger = Ledger(tmp_path, "curate")
     for run in (1, 2, 3):
-        assert ledger.attempt("u", "f") == run
-        assert ledger.read_done("u", "f") is None
-        ledger.finish("u", "f", [], {"retryable": 1})
-    assert ledger.read_done("u", "f").attempts == 3
+        assert ledger.attempt("u", FIRST) == run
+        assert ledger.read_done({"u": FIRST}) == {}
+        ledger.finish("u", FIRST, [], {"retryable": 1, "dead": 1}, run)
+    assert ledger.read_done({"u": FIRST})["u"].attempts == 3
+    assert ledger.read_done({"u": FIRST}, retry_dead=True) == {}
+    assert ledger.attempt("u", SECOND) == 1
 
 
 def test_fingerprints_tell_values_apart():

@@ -36,11 +36,11 @@ def test_stored_latents_all_stand_for_four_frames(tiny_wan, tmp_path):
     assert latent_shape(tiny_wan, clip) == (4, 4, 4, 4)
     path = write_shots(tmp_path / "v.mp4", ["red"], seconds=2.0)
     frames = read_clip(str(path), 0.0, 17, 16.0, 32, 32)
-    stored = encode_frames(tiny_wan, [frames], torch.float32)
+    stored = encode_frames(tiny_wan, frames[None], torch.float32)
     assert stored.shape == (1, 4, 4, 4, 4)
     unit = torch.from_numpy(frames).permute(0, 3, 1, 2)[None].float() / 127.5 - 1
     assert torch.allclose(stored, tiny_wan.encode(unit)[:, 1:], atol=1e-6)
     changed = frames.copy()
     changed[13:] = np.flip(changed[13:], axis=2)
-    differs = (encode_frames(tiny_wan, [changed], torch.float32) != stored).flatten(2).any(2)[0]
+    differs = (encode_frames(tiny_wan, changed[None], torch.float32) != stored).flatten(2).any(2)[0]
     assert differs.tolist() == [False, False, False, True]
