@@ -85,6 +85,8 @@ class RunConfig(StrictModel):
     """Clips per optimizer step, over all workers."""
     micro_batch: int | None = Field(default=None, gt=0)
     """Clips per worker and forward pass; default: what the worker gets, without accumulation."""
+    autoencoder: Literal["causal", "wan"] | None = None
+    """Kind of autoencoder that the data set must have been encoded with; default: any that fits."""
     seed: int = 0
     """Seed of initial weights, data order and every draw."""
     optimizer: OptimizerConfig = OptimizerConfig()

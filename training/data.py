@@ -123,13 +123,24 @@ class LatentDataset:
     def __len__(self) -> int:
         return len(self._index)
 
-    def check_fits(self, model: DiTConfig) -> None:
+    def check_fits(self, model: DiTConfig, autoencoder: str | None = None) -> None:
         """Refuse a data set that this model cannot be trained on.
+
+        Args:
+            model: shape of the transformer.
+            autoencoder: kind of autoencoder that the latents must come from; None: any.
 
         Raises:
             UserError: naming what differs.
         """
         manifest = self.manifest
+        kind = manifest.autoencoder.kind
+        if autoencoder not in (None, kind):
+            raise UserError(
+                f"{self.directory}: its latents come from a {kind} autoencoder but the "
+                f"configuration's is {autoencoder}; encode the data set with that one, or set "
+                f"autoencoder={kind}"
+            )
         channels = manifest.autoencoder.latent_channels
         if channels != model.latent_channels:
             raise UserError(
@@ -143,7 +154,7 @@ class LatentDataset:
                 "change model.text or run the encode stage with those encoders"
             )
         grids = {(bucket.height, bucket.width) for bucket in model.buckets}
-        needed = model.buffer_frames + int(manifest.autoencoder.first_frame_alone)
+        needed = model.buffer_frames
         for bucket in manifest.buckets:
             frames, _, height, width = bucket.latent_shape
             if bucket.name in self.buckets and (height, width) not in grids:
@@ -185,8 +196,8 @@ class LatentDataset:
     def sample(self, position: int, frames: int, generator: torch.Generator) -> dict[str, Any]:
         """Normalised latents `[frames, C, h, w]` and text states of one clip.
 
-        A clip longer than the buffer gives a window drawn from it. Where the first latent of a
-        clip encodes a single frame, windows start behind it, since a stream never meets it.
+        A clip longer than the buffer gives a window drawn from it. Every stored latent stands for
+        a whole group of frames: where an autoencoder's first does not, it was not stored.
         """
         address = self._index[position]
         row = self._groups.row(
@@ -194,8 +205,7 @@ class LatentDataset:
         )
         assert row["clip_id"] == address["clip_id"], "selection and latent shard disagree"
         latents = read_tensor(row, "latent", address["latent_file"]).float()
-        first = int(self.manifest.autoencoder.first_frame_alone)
-        start = int(torch.randint(first, len(latents) - frames + 1, (), generator=generator))
+        start = int(torch.randint(len(latents) - frames + 1, (), generator=generator))
         latents = (latents[start : start + frames] - self._shift) * self._scale
         text = self._groups.row(
             address["text_file"], address["text_row_group"], address["text_row"]

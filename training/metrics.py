@@ -12,22 +12,15 @@ from typing import Any
 import numpy as np
 import torch
 
-PEAK_BF16_FLOPS = {
-    "H200": 989e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "B200": 2250e12,
-}
-"""Dense bf16 peak of GPUs by a part of their name (vendor data sheets), FLOP/s."""
+from streamdit.gpus import find_gpu
 
 
 def device_peak_flops(device: torch.device) -> float | None:
     """Dense bf16 peak of `device`, or None where it is not known."""
     if device.type != "cuda":
         return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in PEAK_BF16_FLOPS.items() if part in name), None)
+    gpu = find_gpu(torch.cuda.get_device_name(device))
+    return gpu.bf16 if gpu is not None else None
 
 
 def peak_memory_bytes(device: torch.device) -> int:

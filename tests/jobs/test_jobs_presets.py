@@ -1,10 +1,12 @@
 """Presets that ship with the package."""
 
 import pytest
+import torch
 
 from distillation.config import DistillConfig
 from jobs.config import load_config
 from pipeline.config import IngestConfig
+from streamdit.model import StreamDiT
 from streamdit.partition import PartitionMixture, PartitionScheme
 from training.config import TrainConfig
 
@@ -24,3 +26,48 @@ def test_presets_of_one_name_fit_each_other(preset):
         train.model.buffer_frames, teacher.chunk_frames, teacher.micro_steps
     )
     assert PartitionMixture(train.partition, train.model.buffer_frames).serves(scheme)
+
+
+def train_preset(name):
+    return load_config(TrainConfig, stage="train", preset=name)
+
+
+@pytest.mark.parametrize(
+    ("preset", "parameters"),
+    [
+        ("streamdit-4b", 4.0e9),
+        ("streamdit-4b-single", 4.0e9),
+        ("streamdit-4b-wan", 4.0e9),
+        ("small", 1.0e8),
+    ],
+)
+def test_presets_have_the_size_that_they_are_known_by(preset, parameters):
+    with torch.device("meta"):
+        model = StreamDiT(train_preset(preset).model)
+    assert sum(p.numel() for p in model.parameters()) == pytest.approx(parameters, rel=0.03)
+
+
+def test_streamdit_4b_is_the_model_of_the_paper():
+    model = train_preset("streamdit-4b").model
+    bucket = model.buckets[0]
+    assert (bucket.frames, model.latent_channels, bucket.height, bucket.width) == (16, 8, 64, 64)
+    assert model.patch == (1, 2, 2)
+    assert (model.width, model.depth, model.heads, model.ffn_width) == (2560, 28, 20, 10240)
+    assert (model.modulation, model.qk_norm) == ("zero", "per_head")
+    assert bucket.window == (8, 16, 16)
+    assert model.temporal_wrap
+    assert model.text == {"ul2": 4096, "byt5": 1472, "metaclip": 1280}
+
+
+@pytest.mark.parametrize(
+    ("preset", "differences"),
+    [
+        ("streamdit-4b-single", {"modulation": "single", "depth": 38}),
+        ("streamdit-4b-wan", {"latent_channels": 16}),
+    ],
+)
+def test_variants_of_the_4b_preset_differ_in_what_they_are_named_for(preset, differences):
+    base, variant = train_preset("streamdit-4b"), train_preset(preset)
+    assert variant.model == base.model.model_copy(update=differences)
+    assert variant.autoencoder == ("wan" if preset == "streamdit-4b-wan" else None)
+    assert variant.model_copy(update={"model": base.model, "autoencoder": None}) == base

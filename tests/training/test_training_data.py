@@ -158,6 +158,24 @@ def test_a_data_set_that_does_not_fit_the_model_is_refused_by_name(dataset_dir, 
         dataset.check_fits(model_config(**changes))
 
 
+def test_latents_of_another_kind_of_autoencoder_are_refused(dataset_dir):
+    dataset = LatentDataset(dataset_dir, "train")
+    dataset.check_fits(model_config(), "causal")
+    with pytest.raises(UserError, match=r"come from a causal autoencoder but .* is wan"):
+        dataset.check_fits(model_config(), "wan")
+
+
+def test_clips_as_long_as_the_buffer_serve_where_a_first_frame_stands_alone(dataset_dir):
+    """Ingestion leaves that frame's latent out, so all that is stored may be trained on."""
+    dataset = LatentDataset(dataset_dir, "train")
+    alone = {
+        "autoencoder": dataset.manifest.autoencoder.model_copy(update={"first_frame_alone": True})
+    }
+    dataset.manifest = dataset.manifest.model_copy(update=alone)
+    dataset.check_fits(model_config())
+    assert dataset.sample(0, 4, torch.Generator())["latents"].shape[0] == 4
+
+
 def test_damaged_latents_are_noticed(dataset_dir, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(dataset_dir, copy)
