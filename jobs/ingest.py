@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from enum import StrEnum
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -48,8 +47,11 @@ def command(
         ),
     ] = None,
     out: Annotated[
-        Path, typer.Option("--out", metavar="DATASET", help="Dataset directory to write.")
-    ] = Path("data"),
+        str,
+        typer.Option(
+            "--out", metavar="DATASET", help="Dataset to write: a folder, or s3://bucket/prefix."
+        ),
+    ] = "data",
     autoencoder: Annotated[
         str | None,
         typer.Option(
@@ -63,6 +65,15 @@ def command(
         list[Stage] | None,
         typer.Option("--only", help="Run this job alone; repeat it for two of the three."),
     ] = None,
+    retry_dead: Annotated[
+        bool, typer.Option("--retry-dead", help="Try again whatever failed in earlier runs.")
+    ] = False,
+    replace: Annotated[
+        bool,
+        typer.Option(
+            "--replace", help="Do again what was made with other settings or another autoencoder."
+        ),
+    ] = False,
     preset: Preset = "default",
     config: ConfigFile = None,
     address: Annotated[
@@ -83,14 +94,16 @@ def command(
     )
     check_request(stages, inputs, out, autoencoder, settings)
     with ray_runtime(address):
-        facts = run_stages(stages, inputs, out, autoencoder, settings)
+        facts = run_stages(
+            stages, inputs, out, autoencoder, settings, retry_dead=retry_dead, replace=replace
+        )
     print_summary(out, stages, facts)
 
 
 def check_request(
     stages: list[Stage],
     inputs: list[str],
-    dataset: Path,
+    dataset: str,
     autoencoder: str | None,
     config: IngestConfig,
 ) -> None:
@@ -119,9 +132,12 @@ def check_request(
 def run_stages(
     stages: list[Stage],
     inputs: list[str],
-    dataset: Path,
+    dataset: str,
     autoencoder: str | None,
     config: IngestConfig,
+    *,
+    retry_dead: bool = False,
+    replace: bool = False,
 ) -> dict[str, str]:
     """Run the chosen jobs one after the other, with progress, in the Ray runtime that is up.
 
@@ -131,14 +147,21 @@ def run_stages(
     facts: dict[str, str] = {}
     if Stage.CURATE in stages:
         with progress("curate") as on_progress:
-            facts |= curated_facts(curate(inputs, dataset, config, on_progress))
+            curated = curate(
+                inputs, dataset, config, on_progress, retry_dead=retry_dead, replace=replace
+            )
+            facts |= curated_facts(curated)
     if Stage.ANNOTATE in stages:
         with progress("annotate") as on_progress:
-            facts |= annotated_facts(annotate(dataset, config, on_progress))
+            annotated = annotate(dataset, config, on_progress, retry_dead=retry_dead)
+            facts |= annotated_facts(annotated)
     if Stage.ENCODE in stages:
         assert autoencoder is not None
         with progress("encode") as on_progress:
-            facts |= encoded_facts(encode(dataset, autoencoder, config, on_progress), config)
+            encoded = encode(
+                dataset, autoencoder, config, on_progress, retry_dead=retry_dead, replace=replace
+            )
+            facts |= encoded_facts(encoded, config)
     return facts
 
 
@@ -176,7 +199,7 @@ def encoded_facts(summary: EncodeSummary, config: IngestConfig) -> dict[str, str
     }
 
 
-def print_summary(dataset: Path, stages: list[Stage], facts: dict[str, str]) -> None:
+def print_summary(dataset: str, stages: list[Stage], facts: dict[str, str]) -> None:
     """Show on stdout what was found, what failed, where it is, and what to do next."""
     table = Table.grid(padding=(0, 2))
     table.add_column(style="dim", no_wrap=True)
@@ -185,12 +208,12 @@ def print_summary(dataset: Path, stages: list[Stage], facts: dict[str, str]) -> 
         table.add_row(name, Text(text))
     _add_dead_letters(table, dataset)
     if Stage.ENCODE in stages:
-        table.add_row("manifest", Text(str(dataset / MANIFEST_FILE)))
+        table.add_row("manifest", Text(f"{dataset}/{MANIFEST_FILE}"))
     table.add_row("next", Text(next_step(dataset, stages)))
     Console(highlight=False).print(table)
 
 
-def _add_dead_letters(table: Table, dataset: Path) -> None:
+def _add_dead_letters(table: Table, dataset: str) -> None:
     letters = read_dead_letters(dataset).select(["stage", "error_class", "retryable"]).to_pylist()
     if not letters:
         table.add_row("failed", "nothing")
@@ -204,10 +227,12 @@ def _add_dead_letters(table: Table, dataset: Path) -> None:
     retryable = sum(bool(letter["retryable"]) for letter in letters)
     if retryable:
         table.add_row("", f"{retryable:,} may succeed when the same command runs again")
-    table.add_row("", Text(f"each with its reason in {dataset / 'dead'}"))
+    table.add_row(
+        "", Text(f"`streamdit dataset show {dataset}` tells why; --retry-dead tries again")
+    )
 
 
-def next_step(dataset: Path, stages: list[Stage]) -> str:
+def next_step(dataset: str, stages: list[Stage]) -> str:
     """What a person types after these jobs."""
     if Stage.ENCODE in stages:
         return f"streamdit train {dataset} --out runs/train"

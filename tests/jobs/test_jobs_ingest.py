@@ -115,7 +115,7 @@ def test_settings_are_told_from_inputs(tmp_path, monkeypatch):
 
 
 def test_next_step_follows_the_jobs_that_ran(tmp_path):
-    data = tmp_path / "data"
+    data = str(tmp_path / "data")
     assert next_step(data, [Stage.CURATE]) == "the same command with --only annotate"
     autoencoder = next_step(data, [Stage.CURATE, Stage.ANNOTATE])
     assert autoencoder.startswith(f"streamdit train-autoencoder {data} --out ")
@@ -146,7 +146,7 @@ def test_summary_counts_failures_by_reason(tmp_path, monkeypatch):
     facts = jobs.ingest.curated_facts(
         CurateSummary(sources=7, clips=1234, dead=10, video_s=90.0, skipped={"hidden": 2}, units=1)
     )
-    lines = summary_text(monkeypatch, tmp_path, [Stage.CURATE], facts)
+    lines = summary_text(monkeypatch, str(tmp_path), [Stage.CURATE], facts)
     assert lines[:3] == ["videos 7 of 1 min 30 s together", "clips 1,234", "left aside hidden 2"]
     assert lines[3] == (
         "failed 10: 4 × TimeoutError in curate, 3 × C in curate, 2 × B in curate, 1 more"
@@ -155,7 +155,7 @@ def test_summary_counts_failures_by_reason(tmp_path, monkeypatch):
 
 
 def test_summary_of_a_clean_run_says_that_nothing_failed(tmp_path, monkeypatch):
-    assert "failed nothing" in summary_text(monkeypatch, tmp_path, [Stage.ANNOTATE], {})
+    assert "failed nothing" in summary_text(monkeypatch, str(tmp_path), [Stage.ANNOTATE], {})
 
 
 def test_missing_captions_come_with_the_remedy():
