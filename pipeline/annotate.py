@@ -72,7 +72,7 @@ def annotate(
     """
     store = open_store(dataset_dir)
     units = require_plan(store)
-    settings = adopt_settings(store, STAGE, annotate_settings(config), config)
+    (settings,) = adopt_settings(store, {STAGE: annotate_settings(config)}, config).values()
     wanted = annotate_wanted(store, units, config, settings)
     ledger = Ledger(store, STAGE)
     done = ledger.read_done(wanted, retry_dead)

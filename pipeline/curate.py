@@ -77,7 +77,9 @@ def curate(
     """
     store = open_store(dataset_dir)
     listing = leave_out_removed(store, list_sources(inputs))
-    settings = adopt_settings(store, STAGE, curate_settings(config), config, replace=replace)
+    (settings,) = adopt_settings(
+        store, {STAGE: curate_settings(config)}, config, replace=replace
+    ).values()
     write_dead_letters(store, "list", LISTING, _unreadable(listing))
     units = extend_plan(store, listing.sources, config.unit_sources)
     totals = curate_units(store, units, config, settings, on_progress, retry_dead)

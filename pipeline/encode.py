@@ -99,7 +99,8 @@ def encode(
     autoencoder = load_autoencoder(autoencoder_source)
     shapes = {shape: latent_shape(autoencoder, shape) for shape in config.clip.shapes}
     identity = identity_in_dataset(autoencoder_source, autoencoder.identity)
-    prints = _adopt(store, config, identity, replace)
+    settings = {LATENTS: latent_settings(config, identity), TEXT: text_settings(config)}
+    prints = adopt_settings(store, settings, config, identity, replace)
     job = _Encoding(store, config, units, on_progress)
     totals = job.encode_latents(selected, autoencoder_source, identity, prints[LATENTS], retry_dead)
     job.encode_texts(prints[TEXT], totals)
@@ -131,17 +132,6 @@ def _seconds(store: Store, manifest: Manifest) -> float:
     index = pq.read_table(store.source(manifest.selection.path), columns=["bucket"])
     counts = Counter(index["bucket"].to_pylist())
     return sum(counts[bucket.name] * bucket.frames / bucket.fps for bucket in manifest.buckets)
-
-
-def _adopt(
-    store: Store, config: IngestConfig, identity: AutoencoderIdentity, replace: bool
-) -> dict[str, str]:
-    """Record the settings of both stages; returns their hashes."""
-    settings = {LATENTS: latent_settings(config, identity), TEXT: text_settings(config)}
-    return {
-        stage: adopt_settings(store, stage, values, config, identity, replace)
-        for stage, values in settings.items()
-    }
 
 
 class _Encoding:

@@ -42,41 +42,51 @@ def read_record(store: Store, stage: str) -> StageRecord | None:
 
 def adopt_settings(
     store: Store,
-    stage: str,
-    settings: Mapping[str, Any],
+    settings: Mapping[str, Mapping[str, Any]],
     config: IngestConfig,
     autoencoder: AutoencoderIdentity | None = None,
     replace: bool = True,
-) -> str:
-    """Record the settings of a stage that is about to run.
+) -> dict[str, str]:
+    """Record the settings of stages that are about to run.
 
     Args:
         store: the dataset.
-        stage: name of the stage.
-        settings: what the files of its units depend on.
+        settings: by stage, what the files of its units depend on.
         config: the whole configuration.
-        autoencoder: identity, where the stage has one.
+        autoencoder: identity, where the stages have one.
         replace: whether units made with other settings may be done again.
 
     Returns:
-        Hash of the settings.
+        Hash of the settings of each stage.
 
     Raises:
-        UserError: naming what changed, if there are units made with other settings.
+        UserError: naming what changed, if there are units made with other settings; then nothing
+            is recorded.
     """
-    record = StageRecord(settings=flatten(settings), config=config, autoencoder=autoencoder)
-    known = read_record(store, stage)
-    differs = known is not None and known.settings != record.settings
-    units = store.files(f"{LEDGER_FOLDER}/{stage}") if differs and not replace else {}
-    if known is not None and units:
+    known = {stage: read_record(store, stage) for stage in settings}
+    records = {
+        stage: StageRecord(settings=flatten(values), config=config, autoencoder=autoencoder)
+        for stage, values in settings.items()
+    }
+    if not replace:
+        for stage, record in records.items():
+            _refuse_change(store, stage, known[stage], record)
+    for stage, record in records.items():
+        if record != known[stage]:
+            store.write_text(_path(stage), record.model_dump_json(indent=1) + "\n")
+    return {stage: record.fingerprint for stage, record in records.items()}
+
+
+def _refuse_change(store: Store, stage: str, known: StageRecord | None, new: StageRecord) -> None:
+    """Raise if there are units that were made with other settings."""
+    if known is None or known.settings == new.settings:
+        return
+    if units := store.files(f"{LEDGER_FOLDER}/{stage}"):
         raise UserError(
             f"dataset {store.root} has {len(units)} units of {stage} with other settings "
-            f"({_changes(known.settings, record.settings)}): keep those settings, write to another "
+            f"({_changes(known.settings, new.settings)}): keep those settings, write to another "
             "--out, or give --replace to make them again"
         )
-    if record != known:
-        store.write_text(_path(stage), record.model_dump_json(indent=1) + "\n")
-    return record.fingerprint
 
 
 def flatten(values: Any, prefix: str = "") -> dict[str, Any]:
