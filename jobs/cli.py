@@ -39,13 +39,13 @@ COMMANDS = {
     ),
     "convert": Entry("jobs.convert", "Turn an open Wan model into one to start from.", "Train"),
     "train": Entry("jobs.train", "Train a streaming text-to-video model.", "Train"),
-    "rollouts": Entry("jobs.rollouts", "Keep a teacher's rollouts to distil from.", "Train"),
     "distill": Entry("jobs.distill", "Distil it to one evaluation per chunk.", "Train"),
     "register": Entry("jobs.register", "Put a model into the MLflow registry.", "Use"),
     "generate": Entry("jobs.generate", "Stream video from a model to a file.", "Use"),
     "submit": Entry("jobs.submit", "Run one of these jobs on a Ray cluster.", "Cluster"),
     "jobs": Entry("jobs.ray_jobs", "List, follow and stop jobs on a cluster.", "Cluster"),
     "describe": Entry("jobs.describe", "Show the size and cost of a model.", "Use"),
+    "bench": Entry("jobs.bench", "Measure how fast a model streams here.", "Use"),
 }
 
 

@@ -27,13 +27,8 @@ class Objective(Protocol):
     number of workers or on where a run was resumed.
     """
 
-    def draw(
-        self, latent_shape: torch.Size, generator: torch.Generator, progress: float = 0.0
-    ) -> Draws:
-        """Draws of one sample with latents of `latent_shape` `[f, C, h, w]`.
-
-        `progress` is the share of the run's steps that are done.
-        """
+    def draw(self, latent_shape: torch.Size, generator: torch.Generator) -> Draws:
+        """Draws of one sample with latents of `latent_shape` `[f, C, h, w]`."""
         ...
 
     def __call__(
@@ -64,9 +59,7 @@ class FlowMatching:
         self.sigma_min = partition.sigma_min
         self.caption_dropout = caption_dropout
 
-    def draw(
-        self, latent_shape: torch.Size, generator: torch.Generator, progress: float = 0.0
-    ) -> Draws:
+    def draw(self, latent_shape: torch.Size, generator: torch.Generator) -> Draws:
         """Scheme and tau, noise, and whether the caption is kept."""
         partition = self.mixture.draw(generator)
         return {

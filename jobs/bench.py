@@ -1,0 +1,242 @@
+"""`streamdit bench`: how fast a model streams here, with each optimisation added in turn."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from jobs.bench_rows import Row, measure_decoding, measure_steps, measure_streams
+from jobs.bench_subject import load_subject, random_subject
+from jobs.console import format_bytes, format_flops, format_parameters, say
+from jobs.errors import JobCommand
+from streamdit.errors import UserError
+from streamdit.io import StreamingModel
+
+command = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="markdown")
+
+WIDTH = 100
+"""Columns of the table where it is not written to a terminal."""
+
+Preset = Annotated[
+    str, typer.Option("--preset", metavar="NAME", help="Training preset, with random weights.")
+]
+Model = Annotated[
+    str | None,
+    typer.Option("--model", metavar="DIR", help="Model directory, instead of a preset."),
+]
+DeviceName = Annotated[
+    str | None, typer.Option("--device", help="cpu, cuda, cuda:1; default: cuda if there.")
+]
+Precision = Annotated[
+    str | None,
+    typer.Option("--dtype", help="float32 or bfloat16; default: bfloat16 on CUDA, else float32."),
+]
+AutoencoderName = Annotated[
+    str | None,
+    typer.Option("--autoencoder", metavar="NAME", help="Autoencoder preset, or `wan`."),
+]
+TextTokens = Annotated[
+    int, typer.Option("--text-tokens", min=2, help="Tokens of a prompt, per text encoder.")
+]
+Rounds = Annotated[
+    int, typer.Option("--rounds", min=1, help="Timed rounds; each runs every variant once.")
+]
+WithCompile = Annotated[
+    bool | None,
+    typer.Option("--compile/--no-compile", help="Add compiled variants; default: on CUDA."),
+]
+JsonFile = Annotated[
+    Path | None, typer.Option("--json", metavar="FILE", help="Also write every figure as JSON.")
+]
+
+
+@command.callback()
+def _overview() -> None:
+    """Measure how fast a model streams: a denoising step, the decoder, or both.
+
+    Every line of the table adds one optimisation to the line above. The variants take turns within
+    one run, so that their ratios hold on a busy machine too.
+    """
+
+
+@command.command("step", cls=JobCommand)
+def step(
+    preset: Preset = "demo",
+    model: Model = None,
+    device: DeviceName = None,
+    dtype: Precision = None,
+    text_tokens: TextTokens = 64,
+    rounds: Rounds = 30,
+    compiled: WithCompile = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Time a denoising step of a running stream.
+
+    A preset streams as after distillation (one step per chunk, no guidance); a model directory
+    as its configuration says.
+    """
+    subject = _subject(preset, model, device, dtype, None, text_tokens)
+    _report("step", subject, model or preset, measure_steps(subject, rounds, compiled), json_file)
+
+
+@command.command("decode", cls=JobCommand)
+def decode(
+    preset: Preset = "demo",
+    model: Model = None,
+    device: DeviceName = None,
+    autoencoder: AutoencoderName = None,
+    rounds: Rounds = 30,
+    compiled: WithCompile = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Time the decoding of a chunk."""
+    subject = _subject(preset, model, device, None, autoencoder, 2)
+    rows = measure_decoding(subject, rounds, compiled)
+    _report("decode", subject, model or preset, rows, json_file)
+
+
+@command.command("stream", cls=JobCommand)
+def stream(
+    preset: Preset = "demo",
+    model: Model = None,
+    device: DeviceName = None,
+    dtype: Precision = None,
+    autoencoder: AutoencoderName = None,
+    text_tokens: TextTokens = 64,
+    rounds: Rounds = 30,
+    compiled: WithCompile = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Time whole chunks: denoising, decoding and the way to the host."""
+    subject = _subject(preset, model, device, dtype, autoencoder, text_tokens)
+    rows = measure_streams(subject, rounds, compiled)
+    _report("stream", subject, model or preset, rows, json_file)
+
+
+def _report(
+    what: str, subject: StreamingModel, source: str, rows: list[Row], json_file: Path | None
+) -> None:
+    facts = _facts(subject, source)
+    out = Console(highlight=False)
+    if not out.is_terminal:
+        out.width = WIDTH
+    out.print(Text(f"bench {what}: {source}", style="bold"))
+    for line in _headlines(facts):
+        out.print(Text(line))
+    out.print(_table(rows))
+    if json_file is not None:
+        json_file.parent.mkdir(parents=True, exist_ok=True)
+        content = {"command": what, **facts, "rows": [asdict(row) for row in rows]}
+        json_file.write_text(json.dumps(content, indent=2) + "\n")
+        say(f"figures: {json_file}")
+
+
+def _facts(subject: StreamingModel, source: str) -> dict[str, Any]:
+    """What was measured, and on what."""
+    config, device = subject.config, subject.device
+    bucket, scheme = config.model.buckets[0], subject.scheme()
+    factor = config.autoencoder.spatial_factor
+    return {
+        "source": source,
+        "height": bucket.height * factor,
+        "width": bucket.width * factor,
+        "frames_per_chunk": subject.autoencoder.frames_for(scheme.c, first=False),
+        "parameters": sum(p.numel() for p in subject.model.parameters()),
+        "dtype": str(subject.model.patch_embedding.weight.dtype).removeprefix("torch."),
+        "autoencoder": config.autoencoder.kind,
+        "autoencoder_parameters": sum(p.numel() for p in subject.autoencoder.parameters()),
+        "scheme": {**vars(scheme), "guidance_scale": config.sampling.guidance_scale},
+        "text_tokens": subject.max_text_tokens,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
+        "machine": platform.machine(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
+
+
+def _headlines(facts: dict[str, Any]) -> list[str]:
+    scheme = facts["scheme"]
+    guidance = scheme["guidance_scale"]
+    steering = "no guidance" if guidance == 1.0 else f"guidance {guidance:g}"
+    device = facts["device"]
+    if device == "CPU":
+        threads = facts["threads"]
+        device = f"{threads} thread{'' if threads == 1 else 's'} of a CPU ({facts['machine']})"
+    return [
+        f"model       {format_parameters(facts['parameters'])} parameters in {facts['dtype']}; "
+        f"{facts['text_tokens']} text tokens",
+        f"video       {facts['height']}×{facts['width']}, {facts['frames_per_chunk']} frames a "
+        f"chunk; K={scheme['K']} N={scheme['N']} c={scheme['c']} s={scheme['s']}, {steering}",
+        f"autoencoder {facts['autoencoder']}, "
+        f"{format_parameters(facts['autoencoder_parameters'])} parameters",
+        f"device      {device}, PyTorch {facts['torch']}",
+    ]
+
+
+def _table(rows: list[Row]) -> Table:
+    """One line per variant; columns that no variant fills are left out."""
+    columns: list[tuple[str, list[str]]] = [
+        ("p50 ms", [f"{row.p50_ms:.4g}" for row in rows]),
+        ("p95 ms", [f"{row.p95_ms:.4g}" for row in rows]),
+        ("speed-up", [f"{row.versus_plain:.2f}×" if row.fps else "" for row in rows]),
+        ("FPS", [f"{row.fps:.4g}" if row.fps else "" for row in rows]),
+        ("rate", [_optional(row.flops_per_second, _rate) for row in rows]),
+        ("ceiling", [_optional(row.share_of_ceiling, "{:.0%}".format) for row in rows]),
+        ("memory", [_optional(row.peak_bytes, format_bytes) for row in rows]),
+        ("differs", [_optional(row.difference, _difference) for row in rows]),
+    ]
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("variant", no_wrap=True)
+    shown = [(title, cells) for title, cells in columns if any(cells)]
+    for title, _ in shown:
+        table.add_column(title, justify="right", no_wrap=True)
+    for index, row in enumerate(rows):
+        table.add_row(row.variant, *(cells[index] for _, cells in shown))
+    return table
+
+
+def _difference(relative: float) -> str:
+    return "0" if relative == 0 else f"{relative:.0e}"
+
+
+def _optional(value: float | None, text: Callable[[float], str]) -> str:
+    return "" if value is None else text(value)
+
+
+def _rate(flops_per_second: float) -> str:
+    return f"{format_flops(flops_per_second)}/s"
+
+
+def _subject(
+    preset: str,
+    model: str | None,
+    device: str | None,
+    dtype: str | None,
+    autoencoder: str | None,
+    text_tokens: int,
+) -> StreamingModel:
+    chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"device {device} cannot be used: there is no CUDA device; try cpu")
+    precisions = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    name = dtype or ("bfloat16" if chosen.type == "cuda" else "float32")
+    if name not in precisions:
+        raise UserError(f"--dtype {name} is unknown; choose float32 or bfloat16")
+    if model is not None:
+        return load_subject(model, chosen, precisions[name])
+    return random_subject(preset, autoencoder, text_tokens, chosen, precisions[name])
+
+
+if __name__ == "__main__":
+    command()

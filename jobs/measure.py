@@ -1,0 +1,124 @@
+"""Timing variants of one thing against each other, in turn, within one run."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from jobs.console import OnProgress
+
+Action = Callable[[], object]
+
+
+@dataclass
+class Timings:
+    """Times of one variant, one a round."""
+
+    milliseconds: list[float] = field(default_factory=list)
+
+    def percentile(self, percent: float) -> float:
+        """The time that `percent` of the rounds stayed at or below, interpolated."""
+        ordered = sorted(self.milliseconds)
+        place = (len(ordered) - 1) * percent / 100
+        below = int(place)
+        above = min(below + 1, len(ordered) - 1)
+        return ordered[below] + (place - below) * (ordered[above] - ordered[below])
+
+    def ratio_to(self, other: Timings) -> float:
+        """Median over the rounds of this time by the other's time of the same round."""
+        pairs = zip(self.milliseconds, other.milliseconds, strict=True)
+        return statistics.median(mine / theirs for mine, theirs in pairs)
+
+
+def interleave(
+    variants: Mapping[str, Action],
+    device: torch.device,
+    rounds: int,
+    on_progress: OnProgress | None = None,
+    warm_up: int = 2,
+    parts: int = 1,
+) -> dict[str, Timings]:
+    """Run every variant once a round, so that what else happens on the machine hits all alike.
+
+    The order of the variants turns from round to round.
+
+    Args:
+        variants: what to time, by name.
+        device: where it runs.
+        rounds: timed rounds.
+        on_progress: told how many rounds are done.
+        warm_up: rounds before those, not timed.
+        parts: equal parts that an action consists of; times are given per part.
+    """
+    timings = {name: Timings() for name in variants}
+    names = list(variants)
+    for number in range(-warm_up, rounds):
+        first = number % len(names)
+        for name in names[first:] + names[:first]:
+            elapsed = time_once(variants[name], device) / parts
+            if number >= 0:
+                timings[name].milliseconds.append(elapsed)
+        if on_progress is not None and number >= 0:
+            on_progress(number + 1, rounds, {})
+    return timings
+
+
+def time_once(action: Action, device: torch.device) -> float:
+    """Milliseconds that `action` takes, to the end of the work it starts on an idle device."""
+    wait_for(device)
+    started = time.perf_counter()
+    action()
+    wait_for(device)
+    return 1e3 * (time.perf_counter() - started)
+
+
+def wait_for(device: torch.device) -> None:
+    """Wait until `device` has done what it was told to."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def matmul_action(
+    shapes: Sequence[tuple[int, int, int]], device: torch.device, dtype: torch.dtype
+) -> tuple[Action, int]:
+    """Matrix products of random `[m, k]` by `[k, n]`, and how many operations they are.
+
+    The rate that a library reaches at these shapes is the ceiling of what is made of them.
+    """
+    generator = torch.Generator(device).manual_seed(0)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator, device=device).to(dtype)
+
+    pairs = [(random(m, k), random(n, k).t()) for m, k, n in shapes]
+
+    def run() -> None:
+        for left, right in pairs:
+            left @ right
+
+    return run, sum(2 * m * k * n for m, k, n in shapes)
+
+
+class MemoryMeter:
+    """Device memory that building and warming up something takes, beyond what was there."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._before = 0
+        self.peak_bytes: int | None = None
+
+    def __enter__(self) -> MemoryMeter:
+        wait_for(self._device)
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)
+            self._before = torch.cuda.memory_allocated(self._device)
+        return self
+
+    def __exit__(self, *unused: object) -> None:
+        wait_for(self._device)
+        if self._device.type == "cuda":
+            self.peak_bytes = torch.cuda.max_memory_allocated(self._device) - self._before

@@ -1,0 +1,120 @@
+"""`streamdit bench`: figures that follow from the times, and variants that agree with plain."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from jobs.bench_rows import CEILING, PLAIN, decoder_variants, step_variants
+from jobs.bench_subject import prompt_of, random_subject
+from jobs.cli import app
+from jobs.measure import Timings, interleave, matmul_action
+from streamdit.model.flops import PER_PROMPT, PER_SCHEDULE, count_flops
+from streamdit.text.hashed_bytes import tokenise
+
+CPU = torch.device("cpu")
+
+
+def bench(tmp_path, *arguments):
+    file = tmp_path / "figures.json"
+    result = CliRunner().invoke(
+        app, ["bench", *arguments, "--preset", "demo", "--rounds", "2", "--json", str(file)]
+    )
+    assert result.exit_code == 0, result.output
+    return json.loads(file.read_text()), result.stdout
+
+
+def test_percentiles_and_paired_ratios_equal_numpys():
+    first, second = Timings([3.0, 9.0, 1.0, 4.0, 7.5]), Timings([1.0, 2.0, 4.0, 1.0, 2.5])
+    for percent in (0, 5, 50, 95, 100):
+        expected = np.percentile(first.milliseconds, percent)
+        assert first.percentile(percent) == pytest.approx(expected)
+    ratios = np.array(first.milliseconds) / np.array(second.milliseconds)
+    assert first.ratio_to(second) == pytest.approx(np.median(ratios))
+
+
+def test_every_variant_runs_once_a_round_and_each_takes_every_turn():
+    calls = []
+    variants = {name: (lambda name=name: calls.append(name)) for name in "abc"}
+    timings = interleave(variants, CPU, rounds=4, warm_up=2, parts=2)
+    rounds = [calls[place : place + 3] for place in range(0, len(calls), 3)]
+    assert len(rounds) == 6
+    assert all(sorted(order) == ["a", "b", "c"] for order in rounds)
+    assert {order[0] for order in rounds} == {"a", "b", "c"}
+    assert all(len(entry.milliseconds) == 4 for entry in timings.values())
+
+
+def test_matrix_products_are_counted_as_two_operations_a_multiply_add():
+    run, flops = matmul_action([(4, 8, 16), (2, 3, 5)], CPU, torch.float32)
+    run()
+    assert flops == 2 * 4 * 8 * 16 + 2 * 2 * 3 * 5
+
+
+def test_prompt_has_the_tokens_that_were_asked_for():
+    assert [len(tokenise(prompt_of(count))) for count in (2, 7, 100)] == [2, 7, 100]
+
+
+def test_variants_for_a_cpu_need_no_gpu_and_add_one_switch_each():
+    names = list(step_variants(CPU, compiled=True))
+    assert names == [PLAIN, "+ modulation table", "+ text memory", "+ compiled blocks"]
+    assert list(decoder_variants(CPU, compiled=False)) == [
+        PLAIN,
+        "+ channels last",
+        "+ bfloat16",
+    ]
+
+
+def test_step_reports_rates_of_the_work_that_is_left_and_results_equal_to_plain(tmp_path):
+    figures, output = bench(tmp_path, "step", "--text-tokens", "10")
+    rows = {row["variant"]: row for row in figures["rows"]}
+    assert list(rows) == [PLAIN, "+ modulation table", "+ text memory", CEILING]
+    subject = random_subject("demo", None, 10, CPU, torch.float32)
+    assert figures["parameters"] == sum(p.numel() for p in subject.model.parameters())
+    assert (figures["height"], figures["width"], figures["frames_per_chunk"]) == (64, 64, 4)
+    flops = count_flops(subject.config.model, text_tokens=10)
+    work = flops["total"]
+    for name, saved in (
+        (PLAIN, ()),
+        ("+ modulation table", PER_SCHEDULE),
+        ("+ text memory", PER_PROMPT),
+    ):
+        row = rows[name]
+        work -= sum(flops[part] for part in saved)
+        assert row["flops_per_second"] == pytest.approx(1e3 * work / row["p50_ms"])
+        ceiling = rows[CEILING]["flops_per_second"]
+        assert row["share_of_ceiling"] == pytest.approx(row["flops_per_second"] / ceiling)
+        assert row["fps"] == pytest.approx(4e3 / row["p50_ms"])
+        assert row["p50_ms"] <= row["p95_ms"]
+        assert row["difference"] < 1e-5
+        assert name in output
+    assert rows[PLAIN]["difference"] == 0
+
+
+def test_decoder_and_whole_streams_are_measured_too(tmp_path):
+    figures, _ = bench(tmp_path, "decode")
+    rows = {row["variant"]: row for row in figures["rows"]}
+    assert rows["+ channels last"]["difference"] < 0.01
+    assert 0 < rows["+ bfloat16"]["difference"] < 0.05
+    figures, output = bench(tmp_path, "stream", "--no-compile")
+    names = [row["variant"] for row in figures["rows"]]
+    assert names == [PLAIN, "+ fast step", "+ fast decoder", "+ decoding ahead"]
+    assert all(row["fps"] == pytest.approx(4e3 / row["p50_ms"]) for row in figures["rows"])
+    assert "64×64, 4 frames a chunk" in output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--preset", "nothing"], "preset 'nothing' does not exist"),
+        (["--dtype", "float64"], "--dtype float64 is unknown; choose float32 or bfloat16"),
+        (["--autoencoder", "nothing"], "no autoencoder preset nothing; choose one of"),
+    ],
+)
+def test_what_cannot_be_measured_is_one_line(arguments, message, capfd):
+    command = "decode" if "--autoencoder" in arguments else "step"
+    result = CliRunner().invoke(app, ["bench", command, *arguments])
+    assert result.exit_code == 2
+    lines = (result.output + capfd.readouterr().err).strip().splitlines()
+    assert [line for line in lines if message in line]
