@@ -190,10 +190,11 @@ def job_arguments(job: Job, words: list[str], package: Package) -> list[str]:
         raise UserError("--address is given twice: the job finds the cluster it runs on by itself")
     for name, path in _paths(parser, context):
         check_path(name, path)
-    config = context.params.get("config")
-    if config is not None:
-        config_in_package(config, package)
-        words = [_relative(word, config, package) for word in words]
+    for option in ("--config", "--recipe"):
+        given = context.params.get(option.removeprefix("--"))
+        if given is not None and Path(given).suffix in (".yaml", ".yml"):
+            inside = file_in_package(option, Path(given), package)
+            words = [_renamed(word, option, str(given), str(inside)) for word in words]
     return words + _store_beside(job, words, context)
 
 
@@ -201,11 +202,13 @@ def _paths(parser: Any, context: Any) -> Iterator[tuple[str, str]]:
     """Every path among a command's parameters, with what the command line calls it."""
     for parameter in parser.params:
         value = context.params.get(parameter.name)
-        if value is None or parameter.name in ("config", "tracking_directory"):
+        if not value or parameter.name in ("config", "tracking_directory"):
             continue
         name = parameter.opts[0] if parameter.opts[0].startswith("-") else parameter.name
         if isinstance(value, Path):
             yield name, str(value)
+        elif parameter.name == "data":  # of a recipe: NAME=DIR
+            yield from ((name, word.partition("=")[2]) for word in value)
         elif parameter.name == "arguments":  # of ingest: videos and KEY=VALUE
             yield from (("the input", word) for word in split_overrides(value)[0])
         elif isinstance(value, str) and parameter.name == "autoencoder" and Path(value).exists():
@@ -226,31 +229,28 @@ def check_path(name: str, path: str) -> None:
         )
 
 
-def config_in_package(config: Path, package: Package) -> Path:
+def file_in_package(option: str, file: Path, package: Package) -> Path:
     """Where a file of settings is in the package.
 
     Raises:
         UserError: if it does not go along.
     """
-    inside = config.resolve()
+    inside = file.resolve()
     if inside.is_relative_to(package.root):
         inside = inside.relative_to(package.root)
         if inside in package.files:
             return inside
     raise UserError(
-        f"--config {config} does not go along with the job: put it into {package.root}, and not "
+        f"{option} {file} does not go along with the job: put it into {package.root}, and not "
         "among what is left out (.gitignore, .rayignore, --exclude, data, runs)"
     )
 
 
-def _relative(word: str, config: Path, package: Package) -> str:
-    """`word` with the file of settings named as the job will find it."""
-    option, equals, value = word.partition("=")
-    if word == str(config):
-        return str(config_in_package(config, package))
-    if option == "--config" and equals and value == str(config):
-        return f"--config={config_in_package(config, package)}"
-    return word
+def _renamed(word: str, option: str, old: str, new: str) -> str:
+    """`word`, or what the job is to be given in place of it: the new name of a file."""
+    if word == old:
+        return new
+    return f"{option}={new}" if word == f"{option}={old}" else word
 
 
 def _store_beside(job: Job, words: list[str], context: Any) -> list[str]:

@@ -43,6 +43,11 @@ def test_registering_uses_the_store_that_training_used():
         (Job.TRAIN, ("/mnt/data",), "--out runs/train"),
         (Job.TRAIN, ("data", "--out", "/mnt/a"), "dataset data"),
         (Job.TRAIN, ("/mnt/data", "--out", "/mnt/a", "--from", "b"), "--from b"),
+        (
+            Job.TRAIN,
+            ("/mnt/d", "--out", "/mnt/a", "--recipe", "demo", "--data", "hq=d"),
+            "--data d",
+        ),
         (Job.DISTILL, ("/mnt/data", "--out", "/mnt/a"), "--teacher runs/train/model"),
         (Job.REGISTER, ("model",), "model model"),
         (Job.INGEST, ("videos", "--out", "/mnt/data"), "the input videos"),
@@ -70,6 +75,8 @@ def test_settings_are_named_as_the_job_finds_them(tmp_path, monkeypatch):
     for given in (("--config", "my.yaml"), (f"--config={root}/sub/my.yaml",)):
         sent = words(Job.TRAIN, "/mnt/data", "--out", "/mnt/a", *given, package=package)
         assert "sub/my.yaml" in " ".join(sent).replace("=", " ").split()
+    sent = words(Job.TRAIN, "/mnt/data", "--out", "/mnt/a", "--recipe", "my.yaml", package=package)
+    assert "sub/my.yaml" in sent
     with pytest.raises(UserError, match="does not go along"):
         words(
             Job.TRAIN,
