@@ -7,12 +7,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PYTEST := $(BIN)/pytest
-CHECKED := streamdit pipeline training distillation evaluation jobs configs tests benchmarks
+CHECKED := streamdit pipeline training distillation evaluation jobs configs tests benchmarks docs/hooks
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
-.PHONY: help demo test test-all test-slow lint setup clean
+.PHONY: help demo test test-all test-slow lint docs setup clean
 
 help: ## Show what can be made
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | sort \
@@ -24,7 +24,7 @@ demo: $(READY) ## Run the whole path into runs/demo (again: continue it)
 test: $(READY) ## Run the tests that take seconds
 	$(PYTEST) -m "not slow and not gpu"
 
-test-all: lint ## Run the linters, then the tests that `make test` leaves out
+test-all: lint docs ## Run the linters, build the documentation, run the tests that `make test` leaves out
 	$(MAKE) test-slow
 
 test-slow: $(READY) ## Run the tests that `make test` leaves out
@@ -35,6 +35,9 @@ lint: $(READY) ## Check style, types and the direction of imports
 	$(BIN)/ruff format --check $(CHECKED)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+docs: $(READY) ## Build the documentation into site/, with every link checked
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 setup: $(READY) ## Make the environment in .venv
 
@@ -52,6 +55,6 @@ $(READY): pyproject.toml constraints.txt
 	@touch $@
 
 clean: ## Remove the environment and caches; runs/ stays
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) build dist site *.egg-info
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -not -path './runs/*' -prune -exec rm -rf {} +
