@@ -3,49 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from jobs.config import available_presets, load_config
 from jobs.console import format_bytes, format_flops, format_parameters
+from jobs.model_facts import describe, find_subject
 from jobs.options import ConfigFile, Overrides
-from streamdit.config import BucketConfig, DiTConfig, PartitionConfig, SamplingConfig
 from streamdit.errors import UserError
-from streamdit.io import CONFIG_FILE, read_model_config
-from streamdit.model import StreamDiT
-from streamdit.model.flops import count_flops
-from streamdit.partition import PartitionScheme
-
-TEMPORAL_FACTOR = 4
-SPATIAL_FACTOR = 8
-"""Compression of the autoencoders here; a model directory says for certain."""
-
-TEXT_TOKENS = 64
-"""Tokens of a prompt in the operation count of a preset; a model directory names its encoders."""
-
-
-@dataclass(frozen=True)
-class Subject:
-    """What is described, whether trained already or only planned."""
-
-    source: str
-    model: DiTConfig
-    partition: PartitionConfig
-    sampling: SamplingConfig
-    temporal_factor: int = TEMPORAL_FACTOR
-    spatial_factor: int = SPATIAL_FACTOR
-    first_frame_alone: bool = False
-    text_tokens: int = TEXT_TOKENS
-    fps: float | None = None
+from streamdit.gpus import GPUS
 
 
 def command(
@@ -59,146 +29,45 @@ def command(
     ],
     overrides: Overrides = None,
     config: ConfigFile = None,
+    gpu: Annotated[
+        str, typer.Option("--gpu", metavar="NAME", help=f"One of {', '.join(GPUS)}.")
+    ] = "h100",
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the facts as JSON, for scripts.")
     ] = False,
 ) -> None:
-    """Show what a model is: parameters, memory, shapes, partitions and cost of a step.
+    """Show what a model is: parameters, shapes, partitions, memory, and the least time of a step.
 
     Nothing is trained or loaded, so this also answers what a change of settings would do:
-    `streamdit describe demo model.width=512`.
+    `streamdit describe streamdit-4b zero_stage=3 launch.workers=64 --gpu h200`.
     """
-    facts = describe(find_subject(source, config, overrides or []))
+    if gpu.lower() not in GPUS:
+        raise UserError(f"--gpu {gpu} is not known: choose one of {', '.join(GPUS)}")
+    facts = describe(find_subject(source, config, overrides or []), GPUS[gpu.lower()])
     if as_json:
         typer.echo(json.dumps(facts, indent=2))
     else:
         _print_facts(facts)
 
 
-def find_subject(source: str, config: Path | None, overrides: list[str]) -> Subject:
-    """The configuration that `source` names.
-
-    Raises:
-        UserError: if it is neither a preset nor a model directory, or does not validate.
-    """
-    if (Path(source) / CONFIG_FILE).is_file():
-        if config or overrides:
-            raise UserError(
-                f"{source} is a trained model, whose settings are fixed: drop --config and "
-                "KEY=VALUE, or describe a preset"
-            )
-        return _trained(source)
-    presets = available_presets("train")
-    if source not in presets:
-        raise UserError(
-            f"{source} is neither a training preset ({', '.join(presets) or 'none installed'}) nor "
-            f"a model directory (it has no {CONFIG_FILE}): give one of these"
-        )
-    from training.config import TrainConfig
-
-    plan = load_config(TrainConfig, stage="train", preset=source, file=config, overrides=overrides)
-    return Subject(f"preset {source}", plan.model, plan.partition, plan.sampling)
-
-
-def _trained(directory: str) -> Subject:
-    config = read_model_config(directory)
-    return Subject(
-        source=directory,
-        model=config.model,
-        partition=config.partition,
-        sampling=config.sampling,
-        temporal_factor=config.autoencoder.temporal_factor,
-        spatial_factor=config.autoencoder.spatial_factor,
-        first_frame_alone=config.autoencoder.first_frame_alone,
-        text_tokens=sum(encoder.max_tokens for encoder in config.text_encoders),
-        fps=config.fps,
-    )
-
-
-def describe(subject: Subject) -> dict[str, Any]:
-    """All facts as plain data; sizes in bytes, cost in floating-point operations."""
-    parts = count_parameters(subject.model)
-    total = sum(parts.values())
-    return {
-        "source": subject.source,
-        "parameters": total,
-        "parameters_by_part": parts,
-        "weights_bytes": {"bfloat16": 2 * total, "float32": 4 * total},
-        "buckets": [_describe_bucket(subject, bucket) for bucket in subject.model.buckets],
-        "text_encoders": dict(subject.model.text),
-        "text_tokens": subject.text_tokens,
-        "fps": subject.fps,
-        "partition": _describe_mix(subject),
-        "gamma": subject.partition.gamma.model_dump(),
-        "sampling": _describe_sampling(subject),
-    }
-
-
-def count_parameters(config: DiTConfig) -> dict[str, int]:
-    """Parameters of each part, the blocks' parts summed over all blocks; nothing is allocated."""
-    with torch.device("meta"):
-        model = StreamDiT(config)
-    parts: Counter[str] = Counter()
-    for name, parameter in model.named_parameters():
-        path = name.split(".")
-        # blocks.<index>.<part>.… counts as blocks.<part>
-        parts[f"blocks.{path[2]}" if path[0] == "blocks" else path[0]] += parameter.numel()
-    return dict(parts)
-
-
-def _describe_bucket(subject: Subject, bucket: BucketConfig) -> dict[str, Any]:
-    frames = bucket.frames * subject.temporal_factor
-    if subject.first_frame_alone:
-        frames -= subject.temporal_factor - 1
-    flops = count_flops(subject.model, bucket, subject.text_tokens)
-    return {
-        "latent": [bucket.frames, subject.model.latent_channels, bucket.height, bucket.width],
-        "video": [
-            frames,
-            bucket.height * subject.spatial_factor,
-            bucket.width * subject.spatial_factor,
-        ],
-        "tokens": list(subject.model.token_grid(bucket)),
-        "window": list(bucket.window),
-        "flops_per_forward": flops["total"],
-        "flops_by_part": {name: count for name, count in flops.items() if name != "total"},
-    }
-
-
-def _describe_mix(subject: Subject) -> list[dict[str, Any]]:
-    total = sum(entry.weight for entry in subject.partition.entries)
-    mix = []
-    for entry in subject.partition.entries:
-        scheme = PartitionScheme.for_buffer(
-            subject.model.buffer_frames,
-            entry.chunk_frames,
-            reference_frames=entry.reference_frames,
-        )
-        share = entry.weight / total
-        mix.append({"K": scheme.K, "N": scheme.N, "c": scheme.c, "share": share})
-    return mix
-
-
-def _describe_sampling(subject: Subject) -> dict[str, Any]:
-    scheme = PartitionScheme.from_sampling(subject.model.buffer_frames, subject.sampling)
-    per_step = 1 if subject.sampling.guidance_scale == 1.0 else 2
-    return {
-        "K": scheme.K,
-        "N": scheme.N,
-        "c": scheme.c,
-        "s": scheme.s,
-        "guidance_scale": subject.sampling.guidance_scale,
-        "steps_per_frame": scheme.total_steps,
-        "evaluations_per_chunk": scheme.s * per_step,
-        "video_frames_per_chunk": scheme.c * subject.temporal_factor,
-    }
-
-
 def _print_facts(facts: dict[str, Any]) -> None:
     out = Console(highlight=False)
     out.print(Text(str(facts["source"]), style="bold"))
+    out.print(_summary(facts))
+    out.print(_part_table(facts))
+    out.print(_inference_table(facts))
+    out.print(_training_table(facts))
+    out.print(_activations(facts["memory"]["training"]), style="dim")
+    out.print(_floor_table(facts))
+    floor = facts["floor"]
+    out.print(f"{floor['rates']} ({floor['rates_source']})", style="dim")
+
+
+def _summary(facts: dict[str, Any]) -> Table:
     weights = facts["weights_bytes"]
-    summary = _grid()
+    summary = Table.grid(padding=(0, 2))
+    summary.add_column(style="dim", no_wrap=True)
+    summary.add_column(overflow="fold")
     summary.add_row(
         "parameters", f"{format_parameters(facts['parameters'])} ({facts['parameters']:,})"
     )
@@ -212,8 +81,7 @@ def _print_facts(facts: dict[str, Any]) -> None:
     encoders = (f"{name} (width {width})" for name, width in facts["text_encoders"].items())
     summary.add_row("text", f"{', '.join(encoders)}; {facts['text_tokens']} tokens counted")
     _add_streaming(summary, facts)
-    out.print(summary)
-    out.print(_part_table(facts))
+    return summary
 
 
 def _add_bucket(summary: Table, bucket: dict[str, Any], fps: float | None) -> None:
@@ -259,20 +127,88 @@ def _add_streaming(summary: Table, facts: dict[str, Any]) -> None:
 
 
 def _part_table(facts: dict[str, Any]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("part")
-    table.add_column("parameters", justify="right")
-    table.add_column("share", justify="right")
+    table = _table("part of the model", "parameters", "share")
     for name, count in facts["parameters_by_part"].items():
         table.add_row(name, f"{count:,}", f"{count / facts['parameters']:.1%}")
     return table
 
 
-def _grid() -> Table:
-    grid = Table.grid(padding=(0, 2))
-    grid.add_column(style="dim", no_wrap=True)
-    grid.add_column(overflow="fold")
-    return grid
+def _inference_table(facts: dict[str, Any]) -> Table:
+    memory = facts["memory"]["inference"]
+    table = _table("memory of one stream", "bytes")
+    table.add_row("model, bf16", format_bytes(memory["model"]))
+    for name, size in memory["text_encoders"].items():
+        table.add_row(f"text encoder {name}, bf16", _size(size))
+    table.add_row("autoencoder, float32", _size(memory["autoencoder"]))
+    table.add_row("keys and values of the text", format_bytes(memory["text_keys_values"]))
+    table.add_row("a block while it runs", format_bytes(memory["largest_block"]))
+    unknown = memory["autoencoder"] is None or None in memory["text_encoders"].values()
+    rest = "what is not known" if unknown else "the decoder's own tensors"
+    table.add_row(f"total, without {rest}", format_bytes(memory["total"]))
+    return table
+
+
+def _training_table(facts: dict[str, Any]) -> Table:
+    memory = facts["memory"]["training"]
+    devices = _count(memory["world_size"], "device")
+    table = _table(f"training on {devices}, each", "ZeRO 1", "ZeRO 2", "ZeRO 3")
+    for name in ("weights", "gradients", "optimizer", "ema", "activations", "total"):
+        sizes = (format_bytes(stage[name]) for stage in memory["stages"].values())
+        table.add_row({"ema": "averaged weights"}.get(name, name), *sizes)
+    return table
+
+
+def _activations(memory: dict[str, Any]) -> str:
+    ways = ["kept", "recomputed"]
+    if memory["activation_checkpointing"]:
+        ways.reverse()
+    other = format_bytes(memory["activations"][ways[1]])
+    clips = _count(memory["micro_batch"], "clip")
+    return f"{clips} at once, activations {ways[0]} ({other} if {ways[1]})"
+
+
+def _floor_table(facts: dict[str, Any]) -> Table:
+    floor, sampling = facts["floor"], facts["sampling"]
+    table = _table(f"least time on one {floor['gpu']}", "")
+    evaluations = _count(sampling["evaluations_per_step"], "evaluation")
+    table = _table(f"least time on one {floor['gpu']}", "as configured", "distilled")
+    table.add_row("a step", evaluations, "1 evaluation")
+    for name, row in (
+        ("flops", "its operations"),
+        ("compute", "  at peak rate"),
+        ("bandwidth", "reading its weights once"),
+        ("step", "so it takes at least"),
+        ("step_fp8", "  all of it in fp8"),
+    ):
+        show = format_flops if name == "flops" else _seconds
+        table.add_row(row, *(show(floor[kind][name]) for kind in ("configured", "distilled")))
+    table.add_row("steps a chunk", str(sampling["s"]), "1")
+    rates = (floor[kind]["frames_per_second"] for kind in ("configured", "distilled"))
+    table.add_row("so at most", *(f"{rate:,.1f} frames/s" for rate in rates))
+    table.add_row("training, one micro-batch", _seconds(floor["training_micro_batch"]), "")
+    return table
+
+
+def _table(first: str, *others: str) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column(first)
+    for name in others:
+        table.add_column(name, justify="right")
+    return table
+
+
+def _size(count: int | None) -> str:
+    return "not known" if count is None else format_bytes(count)
+
+
+def _seconds(seconds: float | None) -> str:
+    """`1.2 µs`, `97.3 ms`, `1.94 s`, and nothing for no time at all."""
+    if seconds is None:
+        return "–"
+    for unit, factor in (("µs", 1e6), ("ms", 1e3)):
+        if seconds * factor < 999.5:
+            return f"{seconds * factor:.3g} {unit}"
+    return f"{seconds:,.3g} s"
 
 
 def _times(numbers: list[int]) -> str:

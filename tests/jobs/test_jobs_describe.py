@@ -11,6 +11,7 @@ from streamdit.config import AutoencoderIdentity, StreamDiTConfig, TextEncoderCo
 from streamdit.io import save_model_directory
 from streamdit.model import StreamDiT
 from streamdit.model.flops import count_flops
+from streamdit.published import TEXT_ENCODERS, WAN_AUTOENCODERS
 from training.config import TrainConfig
 
 
@@ -70,6 +71,62 @@ def test_table_shows_the_same_in_words():
     assert "32 frames of 64×64" in text
     assert "4 video frames for 1 evaluation (" in text
     assert "no guidance" in text
+    assert "memory of one stream" in text
+    assert "least time on one H100 SXM" in text
+
+
+def test_memory_of_the_4b_preset_names_every_part():
+    facts = json.loads(describe("streamdit-4b", "--json"))
+    inference = facts["memory"]["inference"]
+    assert inference["model"] == 2 * facts["parameters"]
+    assert inference["text_encoders"] == {
+        name: 2 * TEXT_ENCODERS[name].parameters for name in ("ul2", "byt5", "metaclip")
+    }
+    parts = {name: size for name, size in inference.items() if name != "total"}
+    encoders = sum(parts.pop("text_encoders").values())
+    assert inference["total"] == encoders + sum(parts.values())
+    # The default autoencoder, which its configuration calls one of 93M parameters.
+    assert inference["autoencoder"] == pytest.approx(4 * 93e6, rel=0.01)
+
+
+def test_training_memory_follows_the_settings_of_the_run():
+    settings = ("launch.workers=64", "global_batch=128", "activation_checkpointing=false")
+    training = json.loads(describe("streamdit-4b", *settings, "--json"))["memory"]["training"]
+    assert (training["world_size"], training["micro_batch"]) == (64, 2)
+    assert training["stages"]["3"]["activations"] == training["activations"]["kept"]
+    totals = [stage["total"] for stage in training["stages"].values()]
+    assert totals == sorted(totals, reverse=True)
+    for stage in training["stages"].values():
+        assert stage["total"] == sum(size for name, size in stage.items() if name != "total")
+
+
+def test_least_time_is_operations_over_peak_rate_or_weights_over_bandwidth():
+    facts = json.loads(describe("streamdit-4b", "--gpu", "h100", "--json"))
+    floor, bucket = facts["floor"], facts["buckets"][0]
+    once = ("text_projection", "text_keys_values", "time_embedding", "modulation")
+    flops = bucket["flops_per_forward"] - sum(bucket["flops_by_part"][part] for part in once)
+    assert floor["configured"]["flops"] == 2 * flops  # guidance
+    assert floor["distilled"]["flops"] == flops
+    assert floor["distilled"]["step"] == pytest.approx(flops / 989e12)
+    assert floor["distilled"]["frames_per_second"] == pytest.approx(8 * 989e12 / flops)
+    assert floor["training_micro_batch"] == pytest.approx(4 * bucket["flops_per_forward"] / 989e12)
+    small = json.loads(describe("demo", "--gpu", "A100", "--json"))["floor"]
+    # Guidance doubles the operations and not the reading, which is what remains longer without it.
+    assert small["configured"]["step"] == small["configured"]["compute"]
+    assert small["distilled"]["step"] == small["distilled"]["bandwidth"]
+    assert small["distilled"]["step_fp8"] is None
+
+
+def test_wan_preset_has_clips_of_61_frames():
+    facts = json.loads(describe("streamdit-4b-wan", "--json"))
+    assert facts["buckets"][0]["video"] == [61, 512, 512]
+    assert facts["memory"]["inference"]["autoencoder"] == 4 * WAN_AUTOENCODERS[16]
+
+
+def test_unknown_gpu_lists_the_known():
+    result = CliRunner().invoke(app, ["describe", "demo", "--gpu", "h1000"])
+    assert result.exit_code == 2
+    assert "--gpu h1000 is not known: choose one of h200, h100" in result.stderr
 
 
 @pytest.fixture
@@ -98,6 +155,7 @@ def test_model_directory_is_described_by_its_own_record(model_directory):
     facts = json.loads(describe(model_directory, "--json"))
     assert facts["parameters"] == json.loads(describe("demo", "--json"))["parameters"]
     assert facts["text_tokens"] == 40
+    assert facts["memory"]["inference"]["autoencoder"] is None
     assert facts["fps"] == 24
     assert facts["buckets"][0]["video"] == [29, 64, 64]
     expected = count_flops(demo().model, text_tokens=40)["total"]

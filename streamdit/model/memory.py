@@ -1,0 +1,123 @@
+"""Device memory of the transformer in bf16, in training and in streaming.
+
+What is counted: weights, gradients, optimizer state, averaged weights, what the backward pass
+keeps, and the tensors of the largest block while it runs. What is not: fragmentation, buffers of
+communication and of kernels, and whatever else lives on the device.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from streamdit.config import BucketConfig, DiTConfig
+
+BF16, FLOAT32 = 2, 4
+ADAM_BYTES = 3 * FLOAT32
+"""Master weights and two moments of AdamW, per parameter."""
+
+EAGER_BYTES = 32
+"""Largest live tensors of a block in eager mode without gradients, per token and feature: while
+queries are rotated in float32 beside windows, queries, keys and values."""
+
+
+@dataclass(frozen=True)
+class TrainingMemory:
+    """Bytes on one device of a data-parallel run.
+
+    Attributes:
+        weights: bf16 weights.
+        gradients: bf16 gradients.
+        optimizer: AdamW's float32 master weights and moments.
+        ema: averaged weights in float32.
+        activations: what the backward pass keeps.
+    """
+
+    weights: int
+    gradients: int
+    optimizer: int
+    ema: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.weights + self.gradients + self.optimizer + self.ema + self.activations
+
+
+def training_memory(
+    parameters: int, stage: int, world_size: int, activations: int, ema: bool = True
+) -> TrainingMemory:
+    """Memory of one device at a ZeRO stage.
+
+    Stage 1 shards the optimizer state over the devices, 2 also the gradients, 3 also the weights.
+    The averaged weights follow the optimizer's shards at every stage.
+
+    Args:
+        parameters: of the model.
+        stage: 1, 2 or 3.
+        world_size: devices.
+        activations: see :func:`activation_bytes`.
+        ema: whether averaged weights are kept.
+    """
+
+    def shard(size: int, from_stage: int) -> int:
+        return -(-size // world_size) if stage >= from_stage else size
+
+    return TrainingMemory(
+        weights=shard(BF16 * parameters, 3),
+        gradients=shard(BF16 * parameters, 2),
+        optimizer=shard(ADAM_BYTES * parameters, 1),
+        ema=shard(FLOAT32 * parameters, 1) if ema else 0,
+        activations=activations,
+    )
+
+
+def activation_bytes(
+    config: DiTConfig, bucket: BucketConfig, text_tokens: int, batch: int, checkpointing: bool
+) -> int:
+    """What the backward pass keeps of `batch` samples.
+
+    With checkpointing, that is every block's input, and all of one block while it is recomputed.
+    """
+    per_block = batch * block_activation_bytes(config, bucket, text_tokens)
+    if not checkpointing:
+        return config.depth * per_block
+    return config.depth * batch * _tokens(config, bucket) * config.width * BF16 + per_block
+
+
+def block_activation_bytes(config: DiTConfig, bucket: BucketConfig, text_tokens: int) -> int:
+    """What autograd keeps of one block and sample, with fused attention.
+
+    Per token and feature, in float32: the inputs of the three layer norms and the outputs of the
+    two that are modulated; queries and keys of the windows and queries to the text, where they are
+    normalised. In bf16: the windows, the matrix of queries, keys and values, rotated queries and
+    keys, the attention's output by head and by token, and that of its projection; the text
+    attention's input, queries and output; the feed-forward network's input, output, and its hidden
+    features before and after GELU. Once: the weights of adaLN-zero, which works in float32.
+    """
+    normalised = 3 if config.qk_norm != "none" else 0
+    features = FLOAT32 * (5 + normalised) * config.width
+    features += BF16 * (14 * config.width + 2 * config.ffn_width)
+    # Keys are kept as float32 before their norm and bf16 after it, beside the matrix of both.
+    text = (3 * BF16 + (FLOAT32 if normalised else 0)) * config.width
+    signals = 6 if config.modulation == "zero" else 0
+    once = FLOAT32 * signals * config.width**2
+    return _tokens(config, bucket) * features + text_tokens * text + once
+
+
+def streaming_bytes(
+    config: DiTConfig, bucket: BucketConfig, text_tokens: int, batch: int
+) -> tuple[int, int]:
+    """Memory of a stream beside the weights.
+
+    Returns:
+        Keys and values of the text in all blocks; and the tensors of a block while it runs, in
+        eager mode (compiled, it needs less).
+    """
+    memory = batch * config.depth * text_tokens * 2 * config.width * BF16
+    return memory, batch * _tokens(config, bucket) * config.width * EAGER_BYTES
+
+
+def _tokens(config: DiTConfig, bucket: BucketConfig) -> int:
+    frames, rows, columns = config.token_grid(bucket)
+    return frames * rows * columns
