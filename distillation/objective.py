@@ -12,18 +12,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from streamdit.config import GammaConfig
-from streamdit.flow import (
-    VelocityFunction,
-    euler_step,
-    flow_matching_loss,
-    guided_velocity,
-    interpolate,
-    per_frame,
-)
-from streamdit.io import load_model
-from streamdit.partition import PartitionScheme, step_levels
-from streamdit.text.base import TextStates
+from distillation.plan import KINDS, RolloutPlan, per_segment
+from distillation.rollout import LiveRollouts, RolloutSource
+from streamdit.flow import VelocityFunction, flow_matching_loss
+from streamdit.io import read_model_config
 from training.data import Batch
 from training.objective import Draws
 
@@ -31,145 +23,75 @@ if TYPE_CHECKING:
     from training.job import TrainJob
 
 
-def segment_levels(
-    segments: Tensor, scheme: PartitionScheme, micro_step: int, gamma: GammaConfig
-) -> Tensor:
-    """Tau of frames that lie in `segments` (any shape, 0 = reference) at a micro step."""
-    taken = (segments - 1) * scheme.s + micro_step
-    return step_levels(
-        torch.where(segments == 0, scheme.total_steps, taken), scheme.total_steps, gamma
-    )
-
-
-@torch.no_grad()
-def teacher_rollout(
-    teacher: VelocityFunction,
-    latents: Tensor,
-    segments: Tensor,
-    scheme: PartitionScheme,
-    gamma: GammaConfig,
-    text: TextStates,
-    null_text: TextStates,
-    guidance_scale: float,
-) -> Tensor:
-    """Carry every frame from the start to the end of its segment in s guided Euler steps.
-
-    Args:
-        teacher: velocity function.
-        latents: `[b, f, C, h, w]`, each frame at the start of its segment.
-        segments: `[b, f]`, noise segment 1 ... N of each frame, 0 for references.
-        scheme: gives N and s.
-        gamma: noise schedule of the teacher.
-        text: states of b prompts.
-        null_text: states of the empty prompt, batch 1.
-        guidance_scale: w.
-
-    Returns:
-        `[b, f, C, h, w]`, each frame at the end of its segment.
-    """
-    for micro_step in range(scheme.s):
-        tau = segment_levels(segments, scheme, micro_step, gamma)
-        next_tau = segment_levels(segments, scheme, micro_step + 1, gamma)
-        velocity = guided_velocity(teacher, latents, tau, text, null_text, guidance_scale)
-        latents = euler_step(latents, velocity, tau, next_tau)
-    return latents
-
-
-def average_velocity(start: Tensor, end: Tensor, tau: Tensor, next_tau: Tensor) -> Tensor:
-    """Average velocity between two points of a walk, frame by frame; 0 for resting frames."""
-    width = per_frame(next_tau - tau)
-    moving = width > 0
-    return torch.where(moving, (end - start) / torch.where(moving, width, 1.0), 0.0)
-
-
 class MultistepDistillation:
-    """Student loss: squared distance to the average velocity of the teacher's walk.
+    """Student loss: `sum_i lambda_i |v(X0, a, P)_i - u_i|^2` over the frames that move.
 
     Args:
-        teacher: frozen velocity function.
-        scheme: K, N, c and the teacher's s.
-        gamma: noise schedule, the teacher's own.
-        sigma_min: noise left at tau = 1, the teacher's own.
-        guidance_scale: w.
-        uniform_share: share of samples whose frames all lie in one segment.
+        source: where the targets u come from.
+        plan: noise levels of the buffers.
+        segment_weights: lambda, N numbers; scaled to a mean of 1.
     """
 
     def __init__(
         self,
-        teacher: VelocityFunction,
-        scheme: PartitionScheme,
-        gamma: GammaConfig,
-        sigma_min: float,
-        guidance_scale: float,
-        uniform_share: float,
+        source: RolloutSource,
+        plan: RolloutPlan,
+        segment_weights: tuple[float, ...] | None = None,
     ) -> None:
-        self.teacher = teacher
-        self.scheme = scheme
-        self.gamma = gamma
-        self.sigma_min = sigma_min
-        self.guidance_scale = guidance_scale
-        self.uniform_share = uniform_share
+        self.source = source
+        self.plan = plan
+        weights = segment_weights or (1.0,) * plan.scheme.N
+        mean = sum(weights) / len(weights)
+        self.segment_weights = tuple(weight / mean for weight in weights)
 
-    def draw(self, latent_shape: torch.Size, generator: torch.Generator) -> Draws:
-        """Noise, and the segment of every frame: the staircase, or one segment for all."""
-        noise = torch.randn(latent_shape, generator=generator)
-        uniform = torch.rand((), generator=generator) < self.uniform_share
-        segment = torch.randint(1, self.scheme.N + 1, (), generator=generator)
-        staircase = self.scheme.segments()
-        segments = torch.where(uniform, segment.expand_as(staircase), staircase)
-        return {"noise": noise, "segments": segments, "uniform": uniform}
+    def draw(
+        self, latent_shape: torch.Size, generator: torch.Generator, progress: float = 0.0
+    ) -> Draws:
+        """Everything random of one sample, as the source wants it."""
+        return self.source.draw(latent_shape, generator, progress)
 
     def __call__(
         self, student: VelocityFunction, batch: Batch, draws: Draws
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss over all frames that move, and its value on staircase and uniform buffers."""
-        segments = draws["segments"]
-        tau = segment_levels(segments, self.scheme, 0, self.gamma)
-        next_tau = segment_levels(segments, self.scheme, self.scheme.s, self.gamma)
-        start = interpolate(batch.latents, draws["noise"], tau, self.sigma_min)
-        end = teacher_rollout(
-            self.teacher,
-            start,
-            segments,
-            self.scheme,
-            self.gamma,
-            batch.text,
-            batch.null_text,
-            self.guidance_scale,
-        )
-        target = average_velocity(start, end, tau, next_tau)
-        moving = (segments > 0).float()
-        weight = moving / moving.mean(dim=1, keepdim=True)
-        prediction = student(start, tau, batch.text)
-        per_sample = flow_matching_loss(prediction, target, weight).mean(dim=1)
+        """Loss over all frames that move, and its value per kind of buffer."""
+        rollout = self.source(student, batch, draws)
+        moving = rollout.moving.float()
+        weight = moving * self.plan.at_segment(self.segment_weights, rollout.positions)
+        weight = weight / moving.mean(dim=1, keepdim=True)
+        tau = self.plan.levels(rollout.positions, rollout.moving, 0)
+        prediction = student(rollout.start, tau, batch.text)
+        per_sample = flow_matching_loss(prediction, rollout.target, weight).mean(dim=1)
         metrics = {}
-        for name, rows in (("uniform", draws["uniform"]), ("staircase", ~draws["uniform"])):
+        for index, name in enumerate(KINDS):
+            rows = rollout.kind == index
             if rows.any():
                 metrics[f"loss_{name}"] = per_sample.detach()[rows].mean()
         return per_sample.mean(), metrics
 
 
 def make_objective(job: TrainJob, device: torch.device) -> MultistepDistillation:
-    """Objective of a distillation job; its parent is the teacher."""
-    from distillation.config import DistillConfig
+    """Objective of a distillation job; its parent is the teacher.
 
-    assert isinstance(job.config, DistillConfig)
+    Raises:
+        UserError: if the configuration does not fit the teacher, or cached rollouts do not fit.
+    """
+    from distillation.cache import CachedRollouts
+    from distillation.config import DistillConfig
+    from distillation.teacher import load_teacher
+
+    config = job.config
+    assert isinstance(config, DistillConfig)
     assert job.parent is not None
-    settings = job.config.teacher
-    dtype = torch.bfloat16 if job.config.precision == "bfloat16" else torch.float32
-    teacher, teacher_config = load_model(job.parent, device, dtype)
-    teacher.eval().requires_grad_(False)
-    scheme = PartitionScheme.for_buffer(
-        job.model.buffer_frames,
-        settings.chunk_frames,
-        settings.micro_steps,
-        settings.reference_frames,
-    )
-    return MultistepDistillation(
-        teacher,
-        scheme,
-        teacher_config.partition.gamma,
-        teacher_config.partition.sigma_min,
-        settings.guidance_scale,
-        settings.uniform_share,
-    )
+    parent = read_model_config(job.parent)
+    plan = RolloutPlan.make(config.teacher, parent, config.drift)
+    source: RolloutSource
+    if config.rollouts:
+        cached = CachedRollouts(config.rollouts)
+        cached.check_fits(plan, parent, job.dataset)
+        source = cached
+    else:
+        source = LiveRollouts(load_teacher(job.parent, config, device), plan)
+    weights = config.segment_weights
+    if weights is not None:
+        weights = per_segment(weights, plan.scheme, "segment_weights")
+    return MultistepDistillation(source, plan, weights)

@@ -39,6 +39,7 @@ COMMANDS = {
     ),
     "convert": Entry("jobs.convert", "Turn an open Wan model into one to start from.", "Train"),
     "train": Entry("jobs.train", "Train a streaming text-to-video model.", "Train"),
+    "rollouts": Entry("jobs.rollouts", "Keep a teacher's rollouts to distil from.", "Train"),
     "distill": Entry("jobs.distill", "Distil it to one evaluation per chunk.", "Train"),
     "register": Entry("jobs.register", "Put a model into the MLflow registry.", "Use"),
     "generate": Entry("jobs.generate", "Stream video from a model to a file.", "Use"),

@@ -9,13 +9,21 @@ import typer
 
 from distillation.config import DistillConfig
 from distillation.objective import make_objective
+from distillation.plan import RolloutPlan, per_segment
 from jobs.config import load_config
 from jobs.options import Address, ConfigFile, Dataset, Overrides, Preset, RunDirectory
 from jobs.train import check_dataset
-from streamdit.config import PartitionConfig, PartitionEntry, SamplingConfig
+from streamdit.config import (
+    DistillationRecord,
+    DistilledScheme,
+    PartitionConfig,
+    PartitionEntry,
+    SamplingConfig,
+    StartKind,
+)
 from streamdit.errors import UserError
 from streamdit.io import read_model_config
-from streamdit.partition import PartitionMixture, PartitionScheme
+from streamdit.partition import PartitionMixture
 from training.job import TrainJob
 
 
@@ -29,6 +37,15 @@ def command(
     out: RunDirectory = Path("runs/distill"),
     preset: Preset = "default",
     config: ConfigFile = None,
+    rollouts: Annotated[
+        Path | None,
+        typer.Option(
+            "--rollouts",
+            metavar="DIR",
+            help="Teacher rollouts from `streamdit rollouts`; the teacher then stays out of "
+            "memory.",
+        ),
+    ] = None,
     address: Address = None,
 ) -> None:
     """Distil a trained model: many guided steps per chunk become one step without guidance.
@@ -38,8 +55,11 @@ def command(
     """
     from jobs.launch import launch, say_once
 
+    changes = list(overrides or ())
+    if rollouts is not None:
+        changes.append(f"rollouts={rollouts.resolve()}")
     settings = load_config(
-        DistillConfig, stage="distill", preset=preset, file=config, overrides=overrides or ()
+        DistillConfig, stage="distill", preset=preset, file=config, overrides=changes
     )
     model_directory = launch(distillation_job(settings, dataset, teacher, out), address)
     say_once(f"model: {model_directory}")
@@ -56,33 +76,20 @@ def distillation_job(
     """
     check_dataset(dataset)
     parent = read_model_config(teacher)
-    frames = parent.model.buffer_frames
-    settings = config.teacher
-    scheme = PartitionScheme.for_buffer(
-        frames, settings.chunk_frames, settings.micro_steps, settings.reference_frames
-    )
-    mixture = PartitionMixture(parent.partition, frames)
-    if not mixture.serves(scheme):
-        raise UserError(
-            f"teacher.chunk_frames {scheme.c} with K = {scheme.K} was not in the training mix of "
-            f"{teacher}; choose one of {mixture.describe()}"
-        )
-    entry = PartitionEntry(
-        chunk_frames=settings.chunk_frames, reference_frames=settings.reference_frames
-    )
+    plan = teacher_plan(config, teacher)
+    scheme = plan.scheme
+    starts: dict[str, StartKind] = {"uniform": "text-to-video", "ramp": "ramp"}
+    taught = tuple(start for kind, start in starts.items() if kind in plan.buffer_kinds)
     return TrainJob(
         config=config,
         model=parent.model,
         partition=PartitionConfig(
-            entries=(entry,),
+            entries=(PartitionEntry(chunk_frames=scheme.c, reference_frames=scheme.K),),
             gamma=parent.partition.gamma,
             sigma_min=parent.partition.sigma_min,
         ),
         sampling=SamplingConfig(
-            chunk_frames=settings.chunk_frames,
-            reference_frames=settings.reference_frames,
-            micro_steps=1,
-            guidance_scale=1.0,
+            chunk_frames=scheme.c, reference_frames=scheme.K, micro_steps=1, start=taught[0]
         ),
         dataset=str(dataset.resolve()),
         out=str(out.resolve()),
@@ -90,7 +97,43 @@ def distillation_job(
         run_name=name,
         parent=str(teacher.resolve()),
         tags={"stage": "distill", "teacher": str(teacher)},
+        distilled=DistillationRecord(
+            schemes=(DistilledScheme(chunk_frames=scheme.c, reference_frames=scheme.K),),
+            starts=taught,
+            teacher_sha256=parent.weights_sha256,
+            teacher_micro_steps=scheme.s,
+            teacher_guidance_scale=sum(plan.guidance) / len(plan.guidance),
+        ),
     )
+
+
+def teacher_plan(config: DistillConfig, teacher: Path) -> RolloutPlan:
+    """What a configuration asks of a teacher.
+
+    Raises:
+        UserError: if the teacher cannot give it.
+    """
+    parent = read_model_config(teacher)
+    if parent.distilled is not None:
+        raise UserError(
+            f"{teacher} is distilled already and takes no micro steps; give the model that it was "
+            "distilled from"
+        )
+    plan = RolloutPlan.make(config.teacher, parent, config.drift)
+    mixture = PartitionMixture(parent.partition, parent.model.buffer_frames)
+    if not mixture.serves(plan.scheme):
+        raise UserError(
+            f"teacher.chunk_frames {plan.scheme.c} with K = {plan.scheme.K} was not in the "
+            f"training mix of {teacher}; choose one of {mixture.describe()}"
+        )
+    if "uniform" in plan.buffer_kinds and not mixture.makes_first_video:
+        raise UserError(
+            f"teacher.uniform_share asks {teacher} for ordinary text-to-video, which its training "
+            "mix lacks; set teacher.uniform_share=0 and teacher.ramp_share=0.2"
+        )
+    if config.segment_weights is not None:
+        per_segment(config.segment_weights, plan.scheme, "segment_weights")
+    return plan
 
 
 if __name__ == "__main__":

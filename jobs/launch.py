@@ -14,10 +14,11 @@ from typing import Any
 from jobs.console import console, progress, say
 from jobs.runtime import ray_runtime
 from streamdit.errors import UserError
-from training.config import RunConfig
+from training.config import LaunchConfig, RunConfig
 from training.job import TrainJob
 from training.loop import train_loop
 from training.metrics import format_line, read_metrics
+from training.network import use_interface_with
 from training.stop import Interrupted
 from training.tracking import pinned
 
@@ -88,15 +89,18 @@ def _fit(job: TrainJob, own_runtime: bool) -> None:
     resources: dict[str, float] = {"CPU": launch_config.cpus_per_worker}
     if launch_config.use_gpu:
         resources["GPU"] = 1
-    if own_runtime:  # a cluster may still grow: Ray then waits, and says so
+    _check_nodes(launch_config, len(_alive_nodes()), may_grow=not own_runtime)
+    if own_runtime:  # a cluster may still grow: Ray then waits
         _check_resources(resources, launch_config.workers, ray.cluster_resources())
     trainer = TorchTrainer(
         _worker,
         train_loop_config={"job": job},
+        torch_config=_torch_config(),
         scaling_config=ScalingConfig(
             num_workers=launch_config.workers,
             use_gpu=launch_config.use_gpu,
             resources_per_worker=resources,
+            placement_strategy=launch_config.placement,
         ),
         run_config=RunConfig(
             name=job.run_name,
@@ -106,6 +110,27 @@ def _fit(job: TrainJob, own_runtime: bool) -> None:
     )
     with _interruptible():
         trainer.fit()
+
+
+def _torch_config() -> Any:
+    """Ray Train's process group, over the interface that has the node's address in the cluster."""
+    import ray
+    from ray.train.torch import TorchConfig
+
+    def use_interface_of_node() -> None:
+        use_interface_with(ray.util.get_node_ip_address())
+
+    class RoutedBackend(TorchConfig().backend_cls):  # type: ignore[misc]
+        def on_start(self, worker_group: Any, backend_config: Any) -> None:
+            worker_group.execute(use_interface_of_node)
+            super().on_start(worker_group, backend_config)
+
+    class RoutedConfig(TorchConfig):  # type: ignore[misc]
+        @property
+        def backend_cls(self) -> Any:
+            return RoutedBackend
+
+    return RoutedConfig()
 
 
 @contextmanager
@@ -125,6 +150,27 @@ def _interruptible() -> Iterator[None]:
         raise KeyboardInterrupt from stopped
     finally:
         signal.signal(signal.SIGINT, handler)
+
+
+def _alive_nodes() -> list[str]:
+    """Ids of the cluster's nodes."""
+    import ray
+
+    return [node["NodeID"] for node in ray.nodes() if node["Alive"]]
+
+
+def _check_nodes(launch_config: LaunchConfig, nodes: int, may_grow: bool) -> None:
+    """Every worker on a node of its own needs as many nodes."""
+    workers = launch_config.workers
+    if launch_config.placement != "STRICT_SPREAD" or workers <= nodes:
+        return
+    if may_grow:
+        say(f"{workers} workers wait for a node each: the cluster has {nodes} now")
+        return
+    raise UserError(
+        f"launch.placement=STRICT_SPREAD needs {workers} nodes for {workers} workers but this is "
+        f"{nodes}; name a cluster with --address, or set launch.placement=PACK"
+    )
 
 
 def _check_resources(needed: dict[str, float], workers: int, total: dict[str, float]) -> None:

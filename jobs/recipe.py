@@ -28,6 +28,7 @@ from jobs.train import check_dataset, training_job
 from streamdit.errors import UserError
 from streamdit.io import read_model_config
 from training.config import RunConfig, TrainConfig
+from training.engine import join_world
 from training.job import TrainJob
 from training.recipe import RecipeConfig, StageConfig
 from training.tracking import Tracker, flatten
@@ -225,15 +226,7 @@ def _workers(address: str | None) -> Iterator[Any]:
         with ray_runtime(address):
             yield lambda: None
         return
-    import torch.distributed as dist
-
-    from training.engine import join_world
-
-    world = join_world()
-    try:
-        yield dist.barrier
-    finally:
-        world.leave()
+    yield join_world().barrier
 
 
 def _set_aside(stages: Sequence[Stage], redo: str) -> None:

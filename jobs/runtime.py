@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from streamdit.errors import UserError
+
+CONNECT_TIMEOUT_S = 5.0
 
 
 @contextmanager
@@ -25,7 +28,9 @@ def ray_runtime(address: str | None = None) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
+    where = address or os.environ.get("RAY_ADDRESS", "")
     try:
+        _check_listening(where)
         ray.init(
             address=address,
             log_to_driver=False,
@@ -33,8 +38,7 @@ def ray_runtime(address: str | None = None) -> Iterator[None]:
             configure_logging=True,
             include_dashboard=False if address is None else None,
         )
-    except (ConnectionError, TimeoutError, ValueError) as error:
-        where = address or os.environ.get("RAY_ADDRESS", "")
+    except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(
             f"Ray cluster {where} cannot be reached ({reason}); start it with `ray start --head`, "
@@ -44,3 +48,15 @@ def ray_runtime(address: str | None = None) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _check_listening(address: str) -> None:
+    """Fail at once where nobody listens; Ray itself would try for minutes.
+
+    Raises:
+        OSError: if nobody accepts a connection at `[ray://]host:port`.
+        ValueError: if the port is no number.
+    """
+    host, separator, port = address.rpartition("://")[2].rpartition(":")
+    if separator:
+        socket.create_connection((host.strip("[]"), int(port)), CONNECT_TIMEOUT_S).close()

@@ -66,7 +66,7 @@ def guided_velocity(
     tau: Tensor,
     text: TextStates,
     null_text: TextStates | None,
-    guidance_scale: float,
+    guidance_scale: float | Tensor,
 ) -> Tensor:
     """Velocity under classifier-free guidance, `u(null) + w (u(text) - u(null))`.
 
@@ -79,12 +79,14 @@ def guided_velocity(
         tau: `[b, f]`.
         text: states of b prompts.
         null_text: states of the empty prompt, batch 1; needed unless w = 1.
-        guidance_scale: w.
+        guidance_scale: w, one number or one per frame `[b, f]`.
     """
-    if guidance_scale == 1.0:
+    if isinstance(guidance_scale, float | int) and guidance_scale == 1.0:
         return model(latents, tau, text)
     assert null_text is not None, "guidance needs the states of the empty prompt"
     both = TextStates.concatenate([text, null_text.expand(text.batch)])
     velocity = model(torch.cat([latents, latents]), torch.cat([tau, tau]), both)
     conditional, unconditional = velocity.chunk(2)
+    if isinstance(guidance_scale, Tensor):
+        guidance_scale = per_frame(guidance_scale)
     return unconditional + guidance_scale * (conditional - unconditional)

@@ -1,7 +1,6 @@
 """What every test relies on: no test leaves its MLflow store to the next."""
 
 import os
-import socket
 import sys
 
 import pytest
@@ -17,22 +16,12 @@ def _no_tracking_store_left_behind(monkeypatch):
     os.environ.pop("MLFLOW_TRACKING_URI", None)
 
 
-@pytest.fixture(scope="session")
-def _process_group():
-    """A process group of one, for the whole session: DeepSpeed holds on to the first it meets."""
-    import torch.distributed as dist
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    address = f"tcp://127.0.0.1:{port}"
-    dist.init_process_group("gloo", init_method=address, rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
 @pytest.fixture
-def one_worker(_process_group, monkeypatch):
+def one_worker(monkeypatch):
     """This process is the only worker of a run, as if torchrun had started it."""
+    from training.engine import join_world
+
+    # One group for the whole session: DeepSpeed holds on to the first that it meets.
+    join_world()
     for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}.items():
         monkeypatch.setenv(name, value)

@@ -51,6 +51,9 @@ class LaunchConfig(StrictModel):
     """One GPU per worker, NCCL; otherwise gloo on CPUs."""
     cpus_per_worker: int = Field(default=1, gt=0)
     """CPUs reserved for, and threads used by, a worker (under any launcher)."""
+    placement: Literal["PACK", "SPREAD", "STRICT_SPREAD"] = "PACK"
+    """How Ray places the workers: on as few nodes as can be, on as many, or each on a node of its
+    own."""
     max_failures: int = Field(default=0, ge=0)
     """How often Ray restarts the workers after a crash, from the newest checkpoint."""
 

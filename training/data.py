@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from pipeline.schema import Manifest, decode_tensor, load_manifest
+from pipeline.schema import Manifest, decode_tensor, encode_tensor, load_manifest
 from streamdit.autoencoder.base import latent_statistics
 from streamdit.config import DiTConfig, StreamDiTConfig, TextEncoderConfig
 from streamdit.errors import UserError
@@ -99,6 +99,12 @@ def read_tensor(row: dict[str, Any], column: str, where: str) -> Tensor:
     return decode_tensor(payload, row[f"{column}_shape"], row[f"{column}_dtype"])
 
 
+def tensor_columns(tensor: Tensor, column: str) -> dict[str, Any]:
+    """The columns of a tensor in a row, for :func:`read_tensor`."""
+    keys = (column, f"{column}_shape", f"{column}_dtype", f"{column}_crc")
+    return dict(zip(keys, encode_tensor(tensor), strict=True))
+
+
 class LatentDataset:
     """The selected clips of a dataset directory, by split.
 
@@ -122,6 +128,11 @@ class LatentDataset:
 
     def __len__(self) -> int:
         return len(self._index)
+
+    @property
+    def clip_ids(self) -> list[str]:
+        """Identity of each clip, by position."""
+        return [row["clip_id"] for row in self._index]
 
     def check_fits(self, model: DiTConfig, autoencoder: str | None = None) -> None:
         """Refuse a data set that this model cannot be trained on.

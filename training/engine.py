@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import nn
 
 from training.config import RunConfig
+from training.network import use_route_to_master
 
 T = TypeVar("T")
 
@@ -54,6 +55,7 @@ def join_world(timeout_s: float = 1800.0) -> World:
     if not dist.is_initialized():
         backend, timeout = "nccl" if cuda else "gloo", timedelta(seconds=timeout_s)
         if "RANK" in os.environ:
+            use_route_to_master()
             dist.init_process_group(backend, timeout=timeout)
         else:
             os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it

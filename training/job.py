@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from streamdit.config import DiTConfig, PartitionConfig, SamplingConfig
+from streamdit.config import DistillationRecord, DiTConfig, PartitionConfig, SamplingConfig
 from streamdit.hashing import file_sha256
 from training.config import RunConfig
 
@@ -32,6 +32,7 @@ class TrainJob:
         run_name: name in MLflow.
         parent: model directory to start from; None starts from random weights.
         tags: MLflow tags.
+        distilled: what the result will have been distilled for; None for other training.
     """
 
     config: RunConfig
@@ -44,6 +45,7 @@ class TrainJob:
     run_name: str = "train"
     parent: str | None = None
     tags: dict[str, str] = field(default_factory=dict)
+    distilled: DistillationRecord | None = None
 
     @property
     def model_directory(self) -> Path:

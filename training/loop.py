@@ -91,6 +91,7 @@ def export(run: Run, start_config: StreamDiTConfig | None) -> None:
         model=job.model,
         partition=job.partition,
         sampling=job.sampling,
+        distilled=job.distilled,
         autoencoder=manifest.autoencoder,
         text_encoders=manifest.text_encoders,
         fps=manifest.buckets[0].fps,

@@ -27,8 +27,13 @@ class Objective(Protocol):
     number of workers or on where a run was resumed.
     """
 
-    def draw(self, latent_shape: torch.Size, generator: torch.Generator) -> Draws:
-        """Draws of one sample with latents of `latent_shape` `[f, C, h, w]`."""
+    def draw(
+        self, latent_shape: torch.Size, generator: torch.Generator, progress: float = 0.0
+    ) -> Draws:
+        """Draws of one sample with latents of `latent_shape` `[f, C, h, w]`.
+
+        `progress` is the share of the run's steps that are done.
+        """
         ...
 
     def __call__(
@@ -59,7 +64,9 @@ class FlowMatching:
         self.sigma_min = partition.sigma_min
         self.caption_dropout = caption_dropout
 
-    def draw(self, latent_shape: torch.Size, generator: torch.Generator) -> Draws:
+    def draw(
+        self, latent_shape: torch.Size, generator: torch.Generator, progress: float = 0.0
+    ) -> Draws:
         """Scheme and tau, noise, and whether the caption is kept."""
         partition = self.mixture.draw(generator)
         return {

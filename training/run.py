@@ -111,6 +111,7 @@ class Run:
                     self.objective.draw(
                         batch.latents.shape[1:],
                         sample_generator(config.seed, self.step, index, "draws"),
+                        self.step / config.steps,
                     )
                     for index in batch.sample_indices
                 ]

@@ -3,14 +3,12 @@
 import pytest
 import torch
 
-from distillation.objective import (
-    MultistepDistillation,
-    average_velocity,
-    segment_levels,
-    teacher_rollout,
-)
+from distillation.config import DriftConfig
+from distillation.objective import MultistepDistillation
+from distillation.plan import RolloutPlan
+from distillation.rollout import LiveRollouts, average_velocity, teacher_walk
 from streamdit.config import GammaConfig
-from streamdit.flow import per_frame
+from streamdit.flow import interpolate, per_frame
 from streamdit.partition import PartitionScheme
 from streamdit.text import TextStates
 from training.data import Batch
@@ -39,45 +37,60 @@ def gaussian_teacher(latents, tau, text):
     return (t * SPREAD**2 - (1 - t)) / variance * latents
 
 
+def text_teacher(latents, tau, text):
+    """Velocity 1 under a prompt, 0 under the empty one."""
+    return torch.zeros_like(latents) + text["t"][0][:, :, None, None]
+
+
 def width_of_path(tau):
     """Standard deviation of the path; the exact flow scales a point in proportion to it."""
     return ((tau * SPREAD).square() + (1 - tau).square()).sqrt()
 
 
-def draws_for(objective, count, seed=0):
+def plan_for(scheme, w=1.0, uniform=0.2, gamma=LINEAR, ramp=0.0, drift=None):
+    guidance = w if isinstance(w, tuple) else (w,) * scheme.N
+    return RolloutPlan(scheme, gamma, 0.0, guidance, uniform, ramp, drift or DriftConfig())
+
+
+def distillation(teacher, scheme, weights=None, **options):
+    plan = plan_for(scheme, **options)
+    return MultistepDistillation(LiveRollouts(teacher, plan), plan, weights)
+
+
+def draws_for(objective, count, seed=0, progress=0.0):
     return stack_draws(
         [
-            objective.draw(torch.Size(SHAPE), torch.Generator().manual_seed(seed + index))
+            objective.draw(torch.Size(SHAPE), torch.Generator().manual_seed(seed + index), progress)
             for index in range(count)
         ]
     )
 
 
-def distillation(teacher, scheme, w=1.0, uniform=0.2, gamma=LINEAR):
-    return MultistepDistillation(teacher, scheme, gamma, 0.0, w, uniform)
-
-
 @pytest.mark.parametrize("gamma", [GammaConfig(), GammaConfig(kind="exponential", power=2.0)])
-def test_target_of_a_gaussian_teacher_is_the_exact_average_velocity(gamma):
-    scheme = PartitionScheme(K=0, N=4, c=2, s=400)
+@pytest.mark.parametrize("scheme", [PartitionScheme(0, 4, 2, 400), PartitionScheme(2, 3, 2, 400)])
+def test_target_of_a_gaussian_teacher_is_the_exact_average_velocity(scheme, gamma):
+    plan = plan_for(scheme, gamma=gamma)
     start = torch.randn(3, *SHAPE)
-    segments = scheme.segments().expand(3, -1)
-    tau, end_tau = (segment_levels(segments, scheme, m, gamma) for m in (0, scheme.s))
-    text = states(1.0, 3)
-    end = teacher_rollout(
-        gaussian_teacher, start, segments, scheme, gamma, text, states(0.0, 1), 1.0
+    positions = scheme.positions().expand(3, -1)
+    moving = scheme.segments().expand(3, -1) > 0
+    end = teacher_walk(
+        gaussian_teacher, start, positions, moving, plan, states(1.0, 3), states(0.0, 1)
     )
+    tau, end_tau = plan.levels(positions, moving, 0), plan.levels(positions, moving, scheme.s)
     exact = start * per_frame(width_of_path(end_tau) / width_of_path(tau))
     torch.testing.assert_close(end, exact, rtol=0.01, atol=0.01)
     target = average_velocity(start, end, tau, end_tau)
-    torch.testing.assert_close(
-        target, (exact - start) / per_frame(end_tau - tau), rtol=0.02, atol=0.03
-    )
+    width = per_frame(end_tau - tau)
+    expected = torch.where(width > 0, (exact - start) / width.clamp(min=1e-9), 0.0)
+    torch.testing.assert_close(target, expected, rtol=0.02, atol=0.03)
 
 
-def test_one_unguided_step_makes_the_teacher_its_own_perfect_student():
-    objective = distillation(gaussian_teacher, PartitionScheme(K=0, N=4, c=2, s=1))
-    loss, _ = objective(gaussian_teacher, batch_of(torch.randn(4, *SHAPE)), draws_for(objective, 4))
+@pytest.mark.parametrize("gamma", [GammaConfig(), GammaConfig(kind="exponential", power=3.0)])
+@pytest.mark.parametrize("ramp", [0.0, 0.4])
+def test_one_unguided_step_makes_the_teacher_its_own_perfect_student(gamma, ramp):
+    scheme = PartitionScheme(K=0, N=4, c=2, s=1)
+    objective = distillation(gaussian_teacher, scheme, gamma=gamma, ramp=ramp)
+    loss, _ = objective(gaussian_teacher, batch_of(torch.randn(9, *SHAPE)), draws_for(objective, 9))
     assert loss < 1e-10
 
 
@@ -106,22 +119,46 @@ def test_a_student_with_enough_capacity_reaches_the_target():
 
 def test_guidance_is_folded_into_the_target():
     """With velocity equal to the prompt's number, w = 3 between 0 and 1 gives 3."""
-    scheme = PartitionScheme(K=0, N=4, c=2, s=5)
-
-    def teacher(latents, tau, text):
-        return torch.zeros_like(latents) + text["t"][0][:, :, None, None]
-
-    objective = distillation(teacher, scheme, w=3.0)
-    latents = torch.randn(2, *SHAPE)
+    objective = distillation(text_teacher, PartitionScheme(K=0, N=4, c=2, s=5), w=3.0)
     seen = []
 
     def student(x, tau, text):
         seen.append(x.shape[0])
         return torch.full_like(x, 3.0)
 
-    loss, _ = objective(student, batch_of(latents), draws_for(objective, 2))
+    loss, _ = objective(student, batch_of(torch.randn(2, *SHAPE)), draws_for(objective, 2))
     assert loss < 1e-9
     assert seen == [2], "the student is evaluated once, without the empty prompt"
+
+
+def test_each_segment_can_have_its_own_guidance():
+    """Segment i = 1 (noisiest) ... 4 has weight 1 ... 4, and so has the target."""
+    scheme = PartitionScheme(K=0, N=4, c=2, s=3)
+    plan = plan_for(scheme, w=(1.0, 2.0, 3.0, 4.0), uniform=0.5)
+    source = LiveRollouts(text_teacher, plan)
+    objective = MultistepDistillation(source, plan)
+    draws = draws_for(objective, 12)
+    rollout = source(None, batch_of(torch.randn(12, *SHAPE)), draws)
+    expected = per_frame(draws["positions"] // scheme.s + 1.0).expand_as(rollout.target)
+    torch.testing.assert_close(rollout.target, expected, rtol=1e-4, atol=1e-4)
+    staircase = rollout.target[draws["kind"] == 0][0, :, 0, 0, 0]
+    assert staircase.round().tolist() == [4, 4, 3, 3, 2, 2, 1, 1]
+
+
+def test_loss_of_each_segment_has_its_weight():
+    """A student that is wrong by one in one segment only pays that segment's weight."""
+    scheme = PartitionScheme(K=0, N=4, c=2, s=1)
+    weights = (1.0, 2.0, 3.0, 10.0)
+    objective = distillation(gaussian_teacher, scheme, weights=weights, uniform=0.0)
+    draws, batch = draws_for(objective, 2), batch_of(torch.randn(2, *SHAPE))
+    for segment, weight in enumerate(weights, start=1):
+
+        def student(x, tau, text, segment=segment):
+            wrong = (scheme.segments() == segment).float()
+            return gaussian_teacher(x, tau, text) + per_frame(wrong)
+
+        loss, _ = objective(student, batch, draws)
+        torch.testing.assert_close(loss.item(), weight / 4 / 4, rtol=1e-4, atol=1e-6)
 
 
 def test_reference_frames_stay_and_carry_no_loss():
@@ -142,9 +179,110 @@ def test_reference_frames_stay_and_carry_no_loss():
 def test_share_of_uniform_buffers_puts_all_frames_into_one_segment():
     scheme = PartitionScheme(K=0, N=4, c=2, s=4)
     draws = draws_for(distillation(gaussian_teacher, scheme, uniform=0.25), 800)
-    uniform = draws["uniform"]
+    uniform = draws["kind"] == 1
     assert abs(uniform.float().mean() - 0.25) < 0.05
-    rows = draws["segments"][uniform]
+    rows = draws["positions"][uniform]
     assert torch.all(rows == rows[:, :1])
-    assert set(rows[:, 0].tolist()) == {1, 2, 3, 4}
-    assert torch.all(draws["segments"][~uniform] == scheme.segments())
+    assert set(rows[:, 0].tolist()) == {0, 4, 8, 12}
+    assert torch.all(draws["positions"][~uniform] == scheme.positions())
+
+
+def test_share_of_ramp_buffers_holds_every_stage_of_the_start_and_waiting_frames_rest():
+    scheme = PartitionScheme(K=0, N=4, c=1, s=2)
+    draws = draws_for(distillation(gaussian_teacher, scheme, uniform=0.0, ramp=0.5), 400)
+    rows = {tuple(row) for row in draws["positions"][draws["kind"] == 2].tolist()}
+    assert rows == {(6, 4, 2, 0), (4, 2, 0, 0), (2, 0, 0, 0), (0, 0, 0, 0)}
+    for row, moving in zip(draws["positions"].tolist(), draws["moving"].tolist(), strict=True):
+        if row == [4, 2, 0, 0]:
+            assert moving == [True, True, True, False]
+
+
+def test_buffers_are_clips_noised_to_their_levels():
+    """What a video that a stream follows is noised to, and what the first video passes."""
+    scheme = PartitionScheme(K=0, N=4, c=2, s=4)
+    plan = plan_for(scheme, uniform=0.5)
+    source = LiveRollouts(gaussian_teacher, plan)
+    draws = draws_for(source, 8)
+    latents = torch.randn(8, *SHAPE)
+    rollout = source(None, batch_of(latents), draws)
+    tau = draws["positions"] / scheme.total_steps
+    torch.testing.assert_close(rollout.start, interpolate(latents, draws["noise"], tau))
+
+
+def drifting(chunks=4, **shares):
+    points = {name: ((0.0, share),) for name, share in shares.items()}
+    return DriftConfig(chunks=chunks, **points)
+
+
+@pytest.mark.parametrize("who", ["teacher", "student"])
+def test_drifted_buffer_is_what_the_stream_of_that_model_holds(who):
+    """Against the sampler itself: its buffer after as many chunks, from the same noise."""
+    from streamdit.denoiser import Denoiser
+
+    scheme = PartitionScheme(K=0, N=4, c=2, s=3)
+
+    def student(latents, tau, text):
+        return 0.3 * latents.sin()
+
+    # Twelve chunks turn the buffer of four over three times.
+    plan = plan_for(scheme, w=2.0, uniform=0.0, drift=drifting(12, **{who: 1.0}))
+
+    def teacher(latents, tau, text):
+        return gaussian_teacher(latents, tau, text) + 0.1 * text["t"][0][:, :, None, None]
+
+    source = LiveRollouts(teacher, plan)
+    draws = draws_for(source, 3)
+    batch = batch_of(torch.randn(3, *SHAPE))
+    rollout = source(student, batch, draws)
+    for row in range(3):
+        moves = int(draws["moved_chunks"][row])
+        model, steps, w = (teacher, 3, 2.0) if who == "teacher" else (student, 1, 1.0)
+        denoiser = Denoiser(model, PartitionScheme(0, 4, 2, steps), SHAPE[1:], [0], None, w)
+        denoiser.set_text(states(1.0, 1), states(0.0, 1))
+        while denoiser.filling:
+            denoiser.step()
+        noise = draws["noise"][row : row + 1]
+        denoiser._buffer = interpolate(batch.latents[row : row + 1], noise[:, :8], scheme.levels(0))
+        denoiser._noise = lambda first, count, n=noise: n[:, first : first + count]
+        for _ in range(moves * steps):
+            denoiser.step()
+        torch.testing.assert_close(rollout.start[row : row + 1], denoiser.buffer)
+
+
+def test_drift_comes_in_and_goes_over_the_course_of_a_run():
+    drift = DriftConfig(
+        teacher=((0.0, 0.0), (0.5, 0.4), (1.0, 0.0)), student=((0.5, 0.0), (1.0, 0.8))
+    )
+    objective = distillation(gaussian_teacher, PartitionScheme(0, 4, 2, 2), drift=drift)
+    shares = {}
+    for progress in (0.0, 0.25, 0.5, 1.0):
+        draws = draws_for(objective, 600, progress=progress)
+        staircase = draws["kind"] == 0
+        origin = draws["origin"][staircase]
+        assert torch.all(draws["origin"][~staircase] == 0)
+        shares[progress] = [float((origin == index).float().mean()) for index in (1, 2)]
+    expected = {0.0: (0, 0), 0.25: (0.2, 0), 0.5: (0.4, 0), 1.0: (0, 0.8)}
+    for progress, pair in expected.items():
+        assert shares[progress] == pytest.approx(pair, abs=0.06)
+
+
+def test_every_worker_evaluates_the_models_equally_often_whatever_it_drew():
+    """Sharded weights are gathered by all together, so a worker must not skip an evaluation."""
+    drift = drifting(3, teacher=0.3, student=0.3)
+    scheme = PartitionScheme(0, 4, 2, 2)
+    counts = set()
+    for seed in range(12):
+        calls = {"teacher": 0, "student": 0}
+
+        def teacher(latents, tau, text, calls=calls):
+            calls["teacher"] += 1
+            return latents
+
+        def student(latents, tau, text, calls=calls):
+            calls["student"] += 1
+            return latents
+
+        objective = distillation(teacher, scheme, w=2.0, drift=drift)
+        objective(student, batch_of(torch.randn(2, *SHAPE)), draws_for(objective, 2, seed=9 * seed))
+        counts.add(tuple(calls.values()))
+    assert counts == {(3 * 2 + 2, 3 + 1)}

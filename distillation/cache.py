@@ -1,0 +1,209 @@
+"""Teacher rollouts on disk, for a distillation that needs no teacher in memory.
+
+rollouts/
+  manifest.json        what was asked of which teacher on which data set; written last
+  rollouts-....parquet a row per rollout, found by clip
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from pydantic import ValidationError
+
+from distillation.plan import RolloutPlan
+from distillation.rollout import Rollout
+from streamdit.config import StreamDiTConfig, StrictModel
+from streamdit.errors import UserError
+from streamdit.flow import VelocityFunction
+from training.data import Batch, LatentDataset, RowGroups, read_tensor, tensor_columns
+from training.objective import Draws
+
+MANIFEST_FILE = "manifest.json"
+TENSORS = ("start", "target")
+GROUP_BYTES = 16 << 20
+
+ROLLOUT_SCHEMA = pa.schema(
+    [
+        ("clip_id", pa.string()),
+        ("number", pa.int32()),
+        ("kind", pa.int8()),
+        ("positions", pa.list_(pa.int32())),
+        ("moving", pa.list_(pa.bool_())),
+    ]
+    + [
+        field
+        for name in TENSORS
+        for field in (
+            (name, pa.large_binary()),
+            (f"{name}_shape", pa.list_(pa.int32())),
+            (f"{name}_dtype", pa.string()),
+            (f"{name}_crc", pa.uint32()),
+        )
+    ]
+)
+
+
+class RolloutManifest(StrictModel):
+    """What a directory of rollouts holds."""
+
+    format_version: Literal[1] = 1
+    """Version of the layout."""
+    teacher_sha256: str
+    """Hash of the teacher's weights."""
+    dataset_fingerprint: str
+    """Fingerprint of the data set."""
+    plan: dict[str, Any]
+    """What the teacher was asked for."""
+    per_clip: int
+    """Rollouts of each clip."""
+    files: tuple[str, ...]
+    """Parquet files."""
+
+
+def plan_record(plan: RolloutPlan) -> dict[str, Any]:
+    """What decides a rollout's numbers, as it stands in a manifest."""
+    record = asdict(plan) | {
+        "gamma": plan.gamma.model_dump(),
+        "guidance": list(plan.guidance),
+    }
+    del record["drift"]  # cached rollouts have none
+    return json.loads(json.dumps(record))  # as it comes back from a file
+
+
+def read_manifest(directory: Path | str) -> RolloutManifest:
+    """Manifest of a directory of rollouts.
+
+    Raises:
+        UserError: if there is none, because the job has not finished.
+    """
+    path = Path(directory) / MANIFEST_FILE
+    if not path.is_file():
+        raise UserError(
+            f"{directory} holds no finished rollouts; run `streamdit rollouts DATASET --teacher "
+            f"MODEL_DIR --out {directory}` to its end"
+        )
+    try:
+        return RolloutManifest.model_validate_json(path.read_text())
+    except ValidationError as error:
+        raise UserError(
+            f"{path} does not fit this version ({error.errors()[0]['msg']}); make the rollouts anew"
+        ) from None
+
+
+def rollout_rows(
+    rollout: Rollout, clip_ids: Sequence[str], number: int, dtype: torch.dtype
+) -> Iterator[dict[str, Any]]:
+    """Rows of a batch of rollouts."""
+    for row, clip_id in enumerate(clip_ids):
+        values: dict[str, Any] = {
+            "clip_id": clip_id,
+            "number": number,
+            "kind": int(rollout.kind[row]),
+            "positions": rollout.positions[row].tolist(),
+            "moving": rollout.moving[row].tolist(),
+        }
+        for name in TENSORS:
+            values |= tensor_columns(getattr(rollout, name)[row].to(dtype), name)
+        yield values
+
+
+def write_rollouts(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Write rows as one Parquet file, whole or not at all."""
+    table = pa.Table.from_pylist(list(rows), schema=ROLLOUT_SCHEMA)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staging = path.with_name(f".{path.name}.tmp")
+    per_group = max(1, GROUP_BYTES * len(rows) // max(1, table.nbytes))
+    pq.write_table(
+        table, staging, compression="zstd", compression_level=1, row_group_size=per_group
+    )
+    staging.replace(path)
+
+
+class CachedRollouts:
+    """Rollouts from files; a clip that has several gives one of them at random.
+
+    Args:
+        directory: what `streamdit rollouts` wrote.
+
+    Raises:
+        UserError: if there are none.
+    """
+
+    def __init__(self, directory: Path | str) -> None:
+        self.directory = Path(directory)
+        self.manifest = read_manifest(directory)
+        self._groups = RowGroups(self.directory)
+        self._places: dict[str, list[tuple[str, int, int]]] = {}
+        for file in self.manifest.files:
+            with pq.ParquetFile(self.directory / file) as parquet:
+                for group in range(parquet.num_row_groups):
+                    clips = parquet.read_row_group(group, columns=["clip_id"])["clip_id"]
+                    for row, clip_id in enumerate(clips.to_pylist()):
+                        self._places.setdefault(clip_id, []).append((file, group, row))
+
+    def check_fits(self, plan: RolloutPlan, parent: StreamDiTConfig, dataset: Path | str) -> None:
+        """Refuse rollouts of another teacher, data set or plan than the run's.
+
+        Raises:
+            UserError: naming what differs.
+        """
+        manifest = self.manifest
+        splits = [LatentDataset(dataset, split) for split in ("train", "held_out")]
+        fingerprint = splits[0].manifest.fingerprint
+        if manifest.teacher_sha256 != parent.weights_sha256:
+            raise UserError(
+                f"{self.directory} was made by teacher {manifest.teacher_sha256[:12]}..., not by "
+                f"{parent.weights_sha256[:12]}...; give that teacher, or make the rollouts anew"
+            )
+        if manifest.dataset_fingerprint != fingerprint:
+            raise UserError(
+                f"{self.directory} was made from data set {manifest.dataset_fingerprint}, not "
+                f"from {fingerprint}; give that data set, or make the rollouts anew"
+            )
+        wanted = plan_record(plan)
+        for name, value in manifest.plan.items():
+            if value != wanted[name]:
+                raise UserError(
+                    f"{self.directory} was made with {name}={value} but the run asks for "
+                    f"{wanted[name]}; change the `teacher` settings, or make the rollouts anew"
+                )
+        clips = {clip_id for split in splits for clip_id in split.clip_ids}
+        missing = clips - set(self._places)
+        if missing:
+            raise UserError(
+                f"{self.directory} has no rollout of clip {min(missing)} (and "
+                f"{len(missing) - 1} more); run `streamdit rollouts` again to add them"
+            )
+
+    def draw(
+        self, latent_shape: torch.Size, generator: torch.Generator, progress: float = 0.0
+    ) -> Draws:
+        """Which of a clip's rollouts to take."""
+        return {"choice": torch.randint(0, 1 << 30, (), generator=generator)}
+
+    def __call__(self, student: VelocityFunction, batch: Batch, draws: Draws) -> Rollout:
+        """Rollouts of the batch's clips."""
+        rows = []
+        for clip_id, choice in zip(batch.clip_ids, draws["choice"].tolist(), strict=True):
+            places = self._places[clip_id]
+            rows.append(self._groups.row(*places[choice % len(places)]))
+        device = batch.latents.device
+        tensors = {
+            name: torch.stack([read_tensor(row, name, str(self.directory)) for row in rows])
+            for name in TENSORS
+        }
+        return Rollout(
+            start=tensors["start"].float().to(device),
+            target=tensors["target"].float().to(device),
+            positions=torch.tensor([row["positions"] for row in rows], device=device),
+            moving=torch.tensor([row["moving"] for row in rows], device=device),
+            kind=torch.tensor([row["kind"] for row in rows], device=device),
+        )

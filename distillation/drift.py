@@ -1,0 +1,57 @@
+"""Buffers out of a model's own stream, for a student that must live on what it makes itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from distillation.plan import RolloutPlan
+from streamdit.denoiser import advance_buffer
+from streamdit.text.base import TextStates
+from training.objective import Draws
+
+WalkSegments = Callable[[Tensor, Tensor, TextStates], Tensor]
+"""`(latents [b, f, C, h, w], positions [b, f], text) -> latents` one segment further on."""
+
+
+def stream_buffers(
+    start: Tensor,
+    walk: WalkSegments,
+    plan: RolloutPlan,
+    text: TextStates,
+    draws: Draws,
+    origin: int,
+) -> Tensor:
+    """Let a stream move those buffers of `start` that shall be its own, by their drawn chunks.
+
+    Every worker evaluates the model equally often, whatever was drawn for its samples: sharded
+    weights are gathered by all workers together.
+
+    Args:
+        start: `[b, f, C, h, w]`, staircase buffers of noised clips among others.
+        walk: carries a buffer across its segments.
+        plan: scheme and drift.
+        text: states of the b prompts.
+        draws: of the batch.
+        origin: which rows are meant.
+
+    Returns:
+        `start` with these rows replaced.
+    """
+    scheme = plan.scheme
+    chosen = (draws["origin"] == origin).nonzero().flatten().tolist()
+    rows = chosen or [0]
+    buffer, noise = start[rows], draws["noise"][rows, start.shape[1] :]
+    positions = scheme.positions().to(start.device).expand(len(rows), -1)
+    prompts, moves = text.select(rows), draws["moved_chunks"][rows]
+    for chunk in range(plan.drift.chunks):
+        entering = noise[:, chunk * scheme.c : (chunk + 1) * scheme.c]
+        _, moved = advance_buffer(walk(buffer, positions, prompts), entering, scheme)
+        buffer = torch.where((chunk < moves)[:, None, None, None, None], moved, buffer)
+    if not chosen:
+        return start
+    result = start.clone()
+    result[rows] = buffer
+    return result

@@ -1,0 +1,159 @@
+"""Teacher rollouts: a buffer, and the average velocity of the teacher's guided walk from it.
+
+This is the one place where targets are made; live distillation and `streamdit rollouts` share it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from distillation.drift import stream_buffers
+from distillation.plan import FROM_STUDENT, FROM_TEACHER, RolloutPlan
+from streamdit.flow import (
+    VelocityFunction,
+    euler_step,
+    guided_velocity,
+    interpolate,
+    per_frame,
+)
+from streamdit.text.base import TextStates
+from training.data import Batch
+from training.objective import Draws
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """Buffers and what the student shall answer to them.
+
+    Attributes:
+        start: X0, `[b, f, C, h, w]` float32.
+        target: average velocity over each frame's segment, same shape; 0 for resting frames.
+        positions: `[b, f]`, steps of T that each frame has taken at the start.
+        moving: `[b, f]` bool; references and waiting frames rest.
+        kind: `[b]`, index into :data:`distillation.plan.KINDS`.
+    """
+
+    start: Tensor
+    target: Tensor
+    positions: Tensor
+    moving: Tensor
+    kind: Tensor
+
+
+class RolloutSource(Protocol):
+    """Where rollouts come from: a teacher in memory, or files."""
+
+    def draw(
+        self, latent_shape: torch.Size, generator: torch.Generator, progress: float = 0.0
+    ) -> Draws:
+        """Everything random of one sample."""
+        ...
+
+    def __call__(self, student: VelocityFunction, batch: Batch, draws: Draws) -> Rollout:
+        """Rollouts of a batch."""
+        ...
+
+
+@torch.no_grad()
+def teacher_walk(
+    teacher: VelocityFunction,
+    start: Tensor,
+    positions: Tensor,
+    moving: Tensor,
+    plan: RolloutPlan,
+    text: TextStates,
+    null_text: TextStates,
+) -> Tensor:
+    """Carry all frames together from the start to the end of their segments, in s guided steps.
+
+    Args:
+        teacher: velocity function.
+        start: `[b, f, C, h, w]`.
+        positions: `[b, f]` where each frame begins.
+        moving: `[b, f]` bool.
+        plan: steps, noise schedule and guidance.
+        text: states of b prompts.
+        null_text: states of the empty prompt, batch 1.
+
+    Returns:
+        `[b, f, C, h, w]`.
+    """
+    scale = plan.at_segment(plan.guidance, positions)
+    unguided = all(weight == 1.0 for weight in plan.guidance)
+    latents = start
+    for micro_step in range(plan.scheme.s):
+        tau = plan.levels(positions, moving, micro_step)
+        next_tau = plan.levels(positions, moving, micro_step + 1)
+        velocity = guided_velocity(
+            teacher, latents, tau, text, null_text, 1.0 if unguided else scale
+        )
+        latents = euler_step(latents, velocity.float(), tau, next_tau)
+    return latents
+
+
+def average_velocity(start: Tensor, end: Tensor, tau: Tensor, next_tau: Tensor) -> Tensor:
+    """Average velocity between two points of a walk, frame by frame; 0 for resting frames."""
+    width = per_frame(next_tau - tau)
+    moving = width > 0
+    return torch.where(moving, (end - start) / torch.where(moving, width, 1.0), 0.0)
+
+
+class LiveRollouts:
+    """Rollouts by a teacher in memory.
+
+    Args:
+        teacher: frozen velocity function.
+        plan: what it is asked for.
+    """
+
+    def __init__(self, teacher: VelocityFunction, plan: RolloutPlan) -> None:
+        self.teacher = teacher
+        self.plan = plan
+
+    def draw(
+        self, latent_shape: torch.Size, generator: torch.Generator, progress: float = 0.0
+    ) -> Draws:
+        """See :meth:`RolloutPlan.draw`."""
+        return self.plan.draw(latent_shape, generator, progress)
+
+    @torch.no_grad()
+    def __call__(self, student: VelocityFunction, batch: Batch, draws: Draws) -> Rollout:
+        """Noise the clips to the drawn levels, let streams move some, and walk them."""
+        plan, positions, moving = self.plan, draws["positions"], draws["moving"]
+        frames = batch.latents.shape[1]
+        tau = plan.levels(positions, moving, 0)
+        start = interpolate(batch.latents, draws["noise"][:, :frames], tau, plan.sigma_min)
+        start = self._drifted(start, student, batch, draws)
+        end = teacher_walk(
+            self.teacher, start, positions, moving, plan, batch.text, batch.null_text
+        )
+        target = average_velocity(start, end, tau, plan.levels(positions, moving, plan.scheme.s))
+        return Rollout(start, target, positions, moving, draws["kind"])
+
+    def _drifted(
+        self, start: Tensor, student: VelocityFunction, batch: Batch, draws: Draws
+    ) -> Tensor:
+        """Replace the buffers that streams shall give."""
+        plan = self.plan
+
+        def by_teacher(latents: Tensor, positions: Tensor, text: TextStates) -> Tensor:
+            moving = positions < plan.scheme.total_steps
+            return teacher_walk(
+                self.teacher, latents, positions, moving, plan, text, batch.null_text
+            )
+
+        def by_student(latents: Tensor, positions: Tensor, text: TextStates) -> Tensor:
+            moving = positions < plan.scheme.total_steps
+            tau = plan.levels(positions, moving, 0)
+            velocity = student(latents, tau, text).float()
+            return euler_step(latents, velocity, tau, plan.levels(positions, moving, plan.scheme.s))
+
+        if bool(draws["ask_teacher"][0]):
+            start = stream_buffers(start, by_teacher, plan, batch.text, draws, FROM_TEACHER)
+        if bool(draws["ask_student"][0]):
+            start = stream_buffers(start, by_student, plan, batch.text, draws, FROM_STUDENT)
+        return start

@@ -1,0 +1,252 @@
+"""`streamdit rollouts`: teacher rollouts as Parquet, for distilling without the teacher."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from distillation.config import DistillConfig
+from jobs.config import load_config
+from jobs.console import OnProgress, progress, say
+from jobs.distill import teacher_plan
+from jobs.options import Address, ConfigFile, Dataset, Overrides, Preset
+from jobs.runtime import ray_runtime
+from jobs.train import check_dataset
+from streamdit.errors import UserError
+from streamdit.io import read_model_config
+
+REQUEST_FILE = "request.json"
+CLIPS_PER_FILE = 32
+
+
+@dataclass(frozen=True)
+class Unit:
+    """The clips of one file: some of one bucket, each with its rollout of one number."""
+
+    split: str
+    bucket: str
+    positions: tuple[int, ...]
+    number: int
+
+    @property
+    def file(self) -> str:
+        """Its name; the same clips and number always have the same."""
+        return (
+            f"rollouts-{self.number:03d}-{self.split}-{self.bucket}-{self.positions[0]:07d}.parquet"
+        )
+
+
+def command(
+    dataset: Dataset,
+    overrides: Overrides = None,
+    teacher: Annotated[
+        Path,
+        typer.Option("--teacher", metavar="MODEL_DIR", help="Model directory of the teacher."),
+    ] = Path("runs/train/model"),
+    out: Annotated[
+        Path, typer.Option("--out", metavar="DIR", help="Where the rollouts go.")
+    ] = Path("runs/rollouts"),
+    per_clip: Annotated[int, typer.Option("--per-clip", min=1, help="Rollouts of each clip.")] = 8,
+    preset: Preset = "default",
+    config: ConfigFile = None,
+    address: Address = None,
+) -> None:
+    """Let a teacher walk buffers of every clip, and keep what a student shall learn from it.
+
+    Takes the settings of `streamdit distill`; launch.workers and launch.use_gpu say how many Ray
+    actors hold a teacher. Can be interrupted: the same command makes what is missing. A larger
+    --per-clip adds to what is there.
+    """
+    settings = load_config(
+        DistillConfig, stage="distill", preset=preset, file=config, overrides=overrides or ()
+    )
+    check_dataset(dataset)
+    with ray_runtime(address), progress("rollouts", unit="clips") as shown:
+        count = make_rollouts(dataset, teacher, out, settings, per_clip, shown)
+    say(f"rollouts: {out} ({count} of {per_clip} per clip)")
+    say(f"next: streamdit distill {dataset} --teacher {teacher} --rollouts {out} --out DIR")
+
+
+def make_rollouts(
+    dataset: Path,
+    teacher: Path,
+    out: Path,
+    config: DistillConfig,
+    per_clip: int,
+    on_progress: OnProgress | None = None,
+) -> int:
+    """Write the rollouts that are missing, on Ray actors, then the manifest.
+
+    Returns:
+        Rollouts in the directory.
+
+    Raises:
+        UserError: if the directory holds rollouts of something else, or the teacher does not fit.
+    """
+    import ray
+
+    from distillation.cache import MANIFEST_FILE, RolloutManifest, plan_record
+    from pipeline.schema import load_manifest
+
+    if config.drift.needs_teacher or config.drift.needs_student:
+        raise UserError("rollouts come from noised clips; leave out the drift settings")
+    record = {
+        "teacher_sha256": read_model_config(teacher).weights_sha256,
+        "dataset_fingerprint": load_manifest(dataset).fingerprint,
+        "plan": plan_record(teacher_plan(config, teacher)),
+    }
+    _claim(out, record | {"seed": config.seed, "precision": config.precision})
+    units = plan_units(dataset, per_clip)
+    missing = [unit for unit in units if not (out / unit.file).is_file()]
+    launch = config.launch
+    actors = [
+        ray.remote(num_cpus=launch.cpus_per_worker, num_gpus=int(launch.use_gpu), max_restarts=2)(
+            RolloutActor
+        ).remote(str(dataset.resolve()), str(teacher.resolve()), str(out.resolve()), config)
+        for _ in range(min(launch.workers, len(missing)))
+    ]
+    total = sum(len(unit.positions) for unit in units)
+    done = total - sum(len(unit.positions) for unit in missing)
+    for unit in _work_off(actors, missing):
+        done += len(unit.positions)
+        if on_progress is not None:
+            on_progress(done, total, {})
+    manifest = RolloutManifest(
+        **record, per_clip=per_clip, files=tuple(unit.file for unit in units)
+    )
+    staging = out / f".{MANIFEST_FILE}.tmp"
+    staging.write_text(manifest.model_dump_json(indent=2) + "\n")
+    staging.replace(out / MANIFEST_FILE)
+    return total
+
+
+def _claim(out: Path, request: dict[str, Any]) -> None:
+    """Refuse a directory that holds rollouts of another request; else say whose it is."""
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / REQUEST_FILE
+    text = json.dumps(request, indent=2, sort_keys=True) + "\n"
+    if not path.is_file():
+        path.write_text(text)
+    elif path.read_text() != text:
+        there = json.loads(path.read_text())
+        differs = next(name for name, value in request.items() if there.get(name) != value)
+        raise UserError(
+            f"{out} holds rollouts with another {differs}; give another --out, or remove {out}"
+        )
+
+
+def plan_units(dataset: Path, per_clip: int) -> list[Unit]:
+    """All files that a data set's rollouts take, of both splits."""
+    from training.data import LatentDataset
+
+    units = []
+    for split in ("train", "held_out"):
+        for bucket, positions in LatentDataset(dataset, split).buckets.items():
+            parts = range(0, len(positions), CLIPS_PER_FILE)
+            units += [
+                Unit(split, bucket, tuple(positions[first : first + CLIPS_PER_FILE]), number)
+                for number in range(per_clip)
+                for first in parts
+            ]
+    return units
+
+
+def _work_off(actors: Sequence[Any], units: Sequence[Unit]) -> Iterator[Unit]:
+    """Give every actor one unit at a time; yields the units as they are done."""
+    import ray
+
+    waiting = list(reversed(units))
+    running: dict[Any, tuple[Any, Unit]] = {}
+    for actor in actors:
+        unit = waiting.pop()
+        running[actor.make.options(max_task_retries=2).remote(unit)] = (actor, unit)
+    while running:
+        (finished,), _ = ray.wait(list(running), num_returns=1)
+        actor, unit = running.pop(finished)
+        ray.get(finished)
+        if waiting:
+            following = waiting.pop()
+            task = actor.make.options(max_task_retries=2).remote(following)
+            running[task] = (actor, following)
+        yield unit
+
+
+class RolloutActor:
+    """Holds a teacher and makes units. Runs in a Ray worker."""
+
+    def __init__(self, dataset: str, teacher: str, out: str, config: DistillConfig) -> None:
+        import torch
+
+        from distillation.rollout import LiveRollouts
+        from distillation.teacher import load_teacher
+        from training.data import LatentDataset
+
+        torch.set_num_threads(config.launch.cpus_per_worker)
+        self.device = torch.device("cuda" if config.launch.use_gpu else "cpu")
+        self.dtype = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
+        self.config, self.out = config, Path(out)
+        whole = config.teacher.model_copy(update={"placement": "replicated"})
+        plan = teacher_plan(config, Path(teacher))
+        self.rollouts = LiveRollouts(
+            load_teacher(teacher, config.model_copy(update={"teacher": whole}), self.device), plan
+        )
+        self.datasets = {name: LatentDataset(dataset, name) for name in ("train", "held_out")}
+        self.frames = plan.scheme.buffer_frames
+
+    def make(self, unit: Unit) -> None:
+        """Write one file."""
+        from distillation.cache import rollout_rows, write_rollouts
+
+        size = self.config.micro_batch or 8
+        rows: list[dict[str, Any]] = []
+        for first in range(0, len(unit.positions), size):
+            batch, rollout = self.roll_out(unit, unit.positions[first : first + size])
+            rows += rollout_rows(rollout, batch.clip_ids, unit.number, self.dtype)
+        write_rollouts(self.out / unit.file, rows)
+
+    def roll_out(self, unit: Unit, positions: Sequence[int]) -> tuple[Any, Any]:
+        """Batch and rollouts of the clips at `positions`."""
+        import torch
+
+        from streamdit.text.base import TextStates
+        from training.data import Batch, sample_generator
+        from training.objective import stack_draws
+
+        dataset, seed = self.datasets[unit.split], self.config.seed
+
+        def generator(position: int, purpose: str) -> torch.Generator:
+            return sample_generator(seed, unit.number, position, f"{unit.split}-{purpose}")
+
+        samples = [
+            dataset.sample(place, self.frames, generator(place, "window")) for place in positions
+        ]
+        batch = Batch(
+            torch.stack([sample["latents"] for sample in samples]),
+            TextStates.collate([sample["text"] for sample in samples]),
+            dataset.null_text(),
+            [sample["clip_id"] for sample in samples],
+            list(positions),
+        ).to(self.device)
+        draws = stack_draws(
+            [
+                self.rollouts.draw(batch.latents.shape[1:], generator(place, "draws"))
+                for place in positions
+            ]
+        )
+        draws = {name: value.to(self.device) for name, value in draws.items()}
+        return batch, self.rollouts(_no_student, batch, draws)
+
+
+def _no_student(*_: Any) -> Any:
+    raise AssertionError("cached rollouts ask no student")
+
+
+if __name__ == "__main__":
+    from jobs.cli import run_as_module
+
+    run_as_module(command)

@@ -1,0 +1,245 @@
+"""Rollouts made before the run: the same targets as live ones, and only for the same run."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from latent_dataset import write_dataset
+from model_directory import write_model_directory
+
+from distillation.cache import CachedRollouts, rollout_rows, write_rollouts
+from distillation.config import DistillConfig
+from distillation.objective import MultistepDistillation
+from distillation.rollout import LiveRollouts
+from distillation.teacher import load_teacher
+from jobs.distill import distillation_job, teacher_plan
+from jobs.rollouts import RolloutActor, make_rollouts, plan_units
+from jobs.runtime import ray_runtime
+from streamdit.errors import UserError
+from streamdit.io import load_model, read_model_config
+from training.metrics import read_metrics
+
+
+def settings(**changes):
+    values = {
+        "teacher": {"chunk_frames": 1, "micro_steps": 2, "guidance_scale": 2.0},
+        "steps": 3,
+        "global_batch": 4,
+        "precision": "float32",
+        "optimizer": {"learning_rate": 1e-3},
+        "ema_decay": 0.5,
+        "log_every": 1,
+        "validation": {"samples": 2},
+    }
+    return DistillConfig.model_validate(values | changes)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cache")
+    write_dataset(folder / "data")
+    write_model_directory(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def actor(folder):
+    (folder / "made").mkdir()
+    return RolloutActor(
+        str(folder / "data"), str(folder / "model"), str(folder / "made"), settings()
+    )
+
+
+@pytest.fixture(scope="module")
+def rollouts_dir(folder):
+    with ray_runtime():
+        make_rollouts(folder / "data", folder / "model", folder / "rollouts", settings(), 2)
+    return folder / "rollouts"
+
+
+def test_cached_target_is_the_live_target_of_the_same_draws(folder, actor, tmp_path):
+    unit = plan_units(folder / "data", per_clip=1)[0]
+    batch, live = actor.roll_out(unit, unit.positions)
+    write_rollouts(
+        tmp_path / "one.parquet", list(rollout_rows(live, batch.clip_ids, 0, torch.float32))
+    )
+    plan = teacher_plan(settings(), folder / "model")
+    manifest = {
+        "teacher_sha256": "",
+        "dataset_fingerprint": "",
+        "plan": {},
+        "per_clip": 1,
+        "files": ["one.parquet"],
+    }
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    cached = CachedRollouts(tmp_path)
+    choice = {"choice": torch.zeros(len(batch.clip_ids), dtype=torch.long)}
+    found = cached(None, batch, choice)
+    for name in ("start", "target", "positions", "moving", "kind"):
+        assert torch.equal(getattr(found, name).to(getattr(live, name)), getattr(live, name)), name
+
+    # So is the loss, and its gradient.
+    def loss_of(source, draws):
+        student, _ = load_model(folder / "model")
+        loss, _ = MultistepDistillation(source, plan)(student, batch, draws)
+        loss.backward()
+        return loss.item(), student.patch_embedding.weight.grad
+
+    class Given:
+        def __call__(self, student, batch, draws):
+            return live
+
+    (cached_loss, cached_grad), (live_loss, live_grad) = (
+        loss_of(cached, choice),
+        loss_of(Given(), {}),
+    )
+    assert cached_loss == live_loss
+    assert torch.equal(cached_grad, live_grad)
+
+
+def test_actor_makes_what_the_live_source_makes(folder, actor):
+    unit = plan_units(folder / "data", per_clip=1)[0]
+    batch, made = actor.roll_out(unit, unit.positions[:4])
+    plan = teacher_plan(settings(), folder / "model")
+    teacher = load_teacher(str(folder / "model"), settings(), torch.device("cpu"))
+    from training.data import sample_generator
+    from training.objective import stack_draws
+
+    draws = stack_draws(
+        [
+            plan.draw(batch.latents.shape[1:], sample_generator(0, 0, place, "train-draws"))
+            for place in unit.positions[:4]
+        ]
+    )
+    live = LiveRollouts(teacher, plan)(None, batch, draws)
+    assert torch.equal(made.start, live.start)
+    assert torch.equal(made.target, live.target)
+
+
+def test_every_clip_has_its_rollouts_and_a_second_run_makes_none(folder, rollouts_dir):
+    cached = CachedRollouts(rollouts_dir)
+    plan = teacher_plan(settings(), folder / "model")
+    cached.check_fits(plan, read_model_config(folder / "model"), folder / "data")
+    assert {len(places) for places in cached._places.values()} == {2}
+    files = {path.name: path.stat().st_mtime_ns for path in rollouts_dir.glob("*.parquet")}
+    with ray_runtime():
+        count = make_rollouts(folder / "data", folder / "model", rollouts_dir, settings(), 2)
+    assert count == 48
+    assert files == {path.name: path.stat().st_mtime_ns for path in rollouts_dir.glob("*.parquet")}
+
+
+def test_rollouts_of_another_teacher_plan_or_data_set_are_refused(folder, rollouts_dir, tmp_path):
+    cached = CachedRollouts(rollouts_dir)
+    parent, data = read_model_config(folder / "model"), folder / "data"
+    plan = teacher_plan(settings(), folder / "model")
+    with pytest.raises(UserError, match="was made by teacher"):
+        cached.check_fits(plan, parent.model_copy(update={"weights_sha256": "0" * 64}), data)
+    other = teacher_plan(settings(teacher={"chunk_frames": 2, "micro_steps": 2}), folder / "model")
+    with pytest.raises(UserError, match="was made with scheme="):
+        cached.check_fits(other, parent, data)
+    bigger = write_dataset(tmp_path / "bigger", clips=30)
+    with pytest.raises(UserError, match="has no rollout of clip clip-024"):
+        cached.check_fits(plan, parent, bigger)
+    with pytest.raises(UserError, match="holds no finished rollouts"):
+        CachedRollouts(tmp_path)
+    with pytest.raises(UserError, match="holds rollouts with another plan"):
+        make_rollouts(
+            data,
+            folder / "model",
+            rollouts_dir,
+            settings(teacher={"chunk_frames": 2, "micro_steps": 2}),
+            2,
+        )
+
+
+def test_drift_is_refused_for_rollouts_made_beforehand(folder, tmp_path):
+    drifting = settings(drift={"teacher": [[0.0, 0.5]]})
+    with pytest.raises(UserError, match="leave out the drift settings"):
+        make_rollouts(folder / "data", folder / "model", tmp_path / "out", drifting, 1)
+
+
+WORKER = """
+import json, sys
+from pathlib import Path
+from distillation.config import DistillConfig
+from jobs.distill import distillation_job
+from training.loop import train_loop
+
+settings, data, teacher, out, forbid = json.loads(sys.argv[1])
+if forbid:
+    import distillation.teacher
+    def refuse(*_):
+        raise AssertionError("a teacher was loaded")
+    distillation.teacher.load_teacher = refuse
+elif settings["teacher"]["placement"] == "sharded":
+    import distillation.teacher
+    load = distillation.teacher.load_teacher
+    def load_and_weigh(*arguments):
+        engine = load(*arguments)
+        weights = list(engine.module.parameters())
+        held, whole = sum(w.numel() for w in weights), sum(w.ds_numel for w in weights)
+        assert held < 0.1 * whole, f"{held} of {whole} weights lie whole on a worker"
+        return engine
+    distillation.teacher.load_teacher = load_and_weigh
+config = DistillConfig.model_validate(settings)
+train_loop(distillation_job(config, Path(data), Path(teacher), Path(out)))
+"""
+
+
+def distil(folder, out, workers, forbid_teacher=False, **changes):
+    """Losses of a distillation under torchrun."""
+    tracking = {"directory": str(out / "mlflow")}
+    values = settings(tracking=tracking, **changes).model_dump(mode="json")
+    (out.parent / "worker.py").write_text(WORKER)
+    arguments = [values, str(folder / "data"), str(folder / "model"), str(out), forbid_teacher]
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+        *(f"--nproc-per-node={workers}", str(out.parent / "worker.py"), json.dumps(arguments)),
+    ]
+    root = str(Path(__file__).parents[2])
+    environment = os.environ | {"PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=environment, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return {
+        row["step"]: row["loss"] for row in read_metrics(out / "metrics.jsonl") if "loss" in row
+    }
+
+
+@pytest.mark.slow
+def test_distillation_from_rollouts_needs_no_teacher(folder, rollouts_dir, tmp_path):
+    losses = distil(folder, tmp_path / "out", 1, forbid_teacher=True, rollouts=str(rollouts_dir))
+    assert len(losses) == 3
+    student = read_model_config(tmp_path / "out" / "model")
+    assert student.distilled.teacher_sha256 == read_model_config(folder / "model").weights_sha256
+
+
+@pytest.mark.slow
+def test_sharded_teacher_gives_the_losses_of_a_whole_one(folder, tmp_path):
+    """ZeRO-3 teacher and ZeRO-3 student on two workers, with both kinds of drift."""
+    teacher = {"chunk_frames": 1, "micro_steps": 2, "guidance_scale": 2.0}
+    drift = {"teacher": [[0.0, 0.4]], "student": [[0.0, 0.4]], "chunks": 2}
+    whole = distil(folder, tmp_path / "whole", 2, teacher=teacher, drift=drift, zero_stage=2)
+    sharded = distil(
+        folder,
+        tmp_path / "sharded",
+        2,
+        teacher=teacher | {"placement": "sharded"},
+        drift=drift,
+        zero_stage=3,
+    )
+    assert len(whole) == 3
+    for step, loss in whole.items():
+        assert sharded[step] == pytest.approx(loss, rel=1e-5)
+
+
+def test_job_takes_the_rollouts_along(folder, rollouts_dir):
+    config = settings(rollouts=str(rollouts_dir))
+    job = distillation_job(config, folder / "data", folder / "model", folder / "out")
+    objective = job.make_objective(job, torch.device("cpu"))
+    assert isinstance(objective.source, CachedRollouts)

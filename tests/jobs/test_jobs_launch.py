@@ -1,0 +1,146 @@
+"""Ray clusters: workers on nodes of their own, killed ones that continue, and none at an address.
+
+Two raylets on one machine are two nodes to Ray's scheduler but share an address; workers on hosts
+with addresses of their own are tested in network namespaces, with the trainer.
+"""
+
+import functools
+import json
+import os
+import signal
+import socket
+import time
+from pathlib import Path
+
+import pytest
+from latent_dataset import train_settings, write_dataset
+
+from jobs.launch import _check_nodes, launch
+from jobs.runtime import ray_runtime
+from streamdit.errors import UserError
+from training.config import LaunchConfig, TrainConfig
+from training.job import TrainJob
+from training.metrics import read_metrics
+from training.objective import make_flow_matching
+
+
+def telling_objective(folder, job, device):
+    """An ordinary objective that notes which worker runs on which node."""
+    import ray
+    import torch.distributed as dist
+
+    context = ray.get_runtime_context()
+    note = {"node": context.get_node_id(), "interface": os.environ["GLOO_SOCKET_IFNAME"]}
+    (Path(folder) / f"rank-{dist.get_rank()}.json").write_text(json.dumps(note))
+    return make_flow_matching(job, device)
+
+
+def dying_objective(folder, job, device):
+    """An ordinary objective whose second worker is killed, once, when it draws for step 5."""
+    import torch.distributed as dist
+
+    objective = make_flow_matching(job, device)
+    mark, draw, calls = Path(folder) / "killed", objective.draw, 0
+
+    def deadly_draw(shape, generator):
+        nonlocal calls
+        calls += 1
+        if dist.get_rank() == 1 and calls > 4 * 4 and not mark.exists():
+            mark.write_text("")
+            os.kill(os.getpid(), signal.SIGKILL)
+        return draw(shape, generator)
+
+    objective.draw = deadly_draw
+    return objective
+
+
+def job_of(folder, make_objective, **launch_settings):
+    dataset = folder / "dataset"
+    if not dataset.exists():
+        write_dataset(dataset)
+    settings = train_settings(
+        tracking={"directory": str(folder / "mlflow")},
+        validation={"samples": 0},
+        launch={"workers": 2} | launch_settings,
+    )
+    config = TrainConfig.model_validate(settings)
+    return TrainJob(
+        config,
+        config.model,
+        config.partition,
+        config.sampling,
+        str(dataset),
+        str(folder / "run"),
+        functools.partial(make_objective, str(folder)),
+    )
+
+
+@pytest.fixture
+def two_nodes(monkeypatch):
+    """Address of a cluster of two nodes with one CPU each, and their ids."""
+    import ray
+    from ray.cluster_utils import Cluster
+
+    # Workers import the objectives above.
+    here = Path(__file__).parent
+    paths = [str(here.parents[1]), str(here.parent), str(here)]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths))
+    cluster = Cluster()
+    for _ in range(2):
+        cluster.add_node(num_cpus=1, object_store_memory=100 << 20)
+    try:
+        yield cluster.address, {node.node_id for node in cluster.list_all_nodes()}
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+
+
+@pytest.mark.slow
+def test_strict_spread_gives_each_worker_a_node_and_a_killed_one_continues(two_nodes, tmp_path):
+    address, nodes = two_nodes
+    spread, broken = tmp_path / "spread", tmp_path / "broken"
+    for folder in (spread, broken):
+        folder.mkdir()
+    launch(job_of(spread, telling_objective, placement="STRICT_SPREAD"), address)
+    notes = [json.loads((spread / f"rank-{rank}.json").read_text()) for rank in (0, 1)]
+    assert {note["node"] for note in notes} == nodes
+    assert len(nodes) == 2
+
+    job = job_of(broken, dying_objective, placement="STRICT_SPREAD", max_failures=1)
+    assert launch(job, address) == broken / "run" / "model"
+    assert (broken / "killed").exists()
+    curves = [
+        {row["step"]: row["loss"] for row in read_metrics(folder / "run/metrics.jsonl")}
+        for folder in (spread, broken)
+    ]
+    assert sorted(curves[0]) == [1, 2, 3, 4, 5, 6]
+    assert curves[0] == curves[1]
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.mark.parametrize("scheme", ["", "ray://"])
+def test_unreachable_cluster_is_one_line_within_seconds(scheme):
+    address = f"{scheme}127.0.0.1:{free_port()}"
+    started = time.monotonic()
+    with (
+        pytest.raises(UserError, match=rf"^Ray cluster {address} cannot be reached .*refused.*"),
+        ray_runtime(address),
+    ):
+        pass
+    assert time.monotonic() - started < 10
+
+
+def test_worker_per_node_needs_as_many_nodes_unless_a_cluster_may_grow(capsys):
+    spread = LaunchConfig(workers=3, placement="STRICT_SPREAD")
+    _check_nodes(spread, nodes=3, may_grow=False)
+    _check_nodes(LaunchConfig(workers=3), nodes=1, may_grow=False)
+    with pytest.raises(UserError, match=r"needs 3 nodes for 3 workers .* launch.placement=PACK"):
+        _check_nodes(spread, nodes=1, may_grow=False)
+    assert capsys.readouterr().err == ""
+    _check_nodes(spread, nodes=1, may_grow=True)
+    assert capsys.readouterr().err == ("3 workers wait for a node each: the cluster has 1 now\n")
