@@ -12,24 +12,25 @@ import numpy as np
 from pipeline.captioners import Caption, Captioner, build_captioner
 from pipeline.child import ChildError
 from pipeline.config import IngestConfig
+from pipeline.counters import annotate_counters, is_lost
 from pipeline.dead_letters import DeadLetter, DeadLimit, quarantined, write_dead_letters
 from pipeline.decode import sample_frames
 from pipeline.graph import OnProgress, Row, result_row, run_stage, run_units
-from pipeline.ledger import Ledger, Marker, Wanted, fingerprint, require_markers
-from pipeline.plan import Unit, require_plan
+from pipeline.ledger import CLIPS_INPUT, Ledger, Marker, Wanted, require_markers
+from pipeline.plan import Unit, require_plan, sidecar_key, sidecar_uris
+from pipeline.removal import finish_removal
 from pipeline.schema import ANNOTATION_SCHEMA
 from pipeline.scores import colourfulness
 from pipeline.settings import adopt_settings
 from pipeline.shards import file_name, read_rows, write_table
 from pipeline.sources import Source
-from pipeline.storage import DATA_PREFIX, content_version
+from pipeline.storage import content_version
 from pipeline.store import DatasetPath, Store, open_store
 
 STAGE = "annotate"
 REVISION = 1
 PICTURE_HEIGHT = 256
 VERSION_THREADS = 8
-CLIPS_INPUT = "clips"
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,7 @@ def annotate(
             be used.
     """
     store = open_store(dataset_dir)
+    finish_removal(store)
     units = require_plan(store)
     (settings,) = adopt_settings(store, {STAGE: annotate_settings(config)}, config).values()
     wanted = annotate_wanted(store, units, config, settings)
@@ -131,16 +133,6 @@ def annotate_wanted(
     return wanted
 
 
-def sidecar_key(uri: str) -> str:
-    """Name of a caption file among the inputs of a unit; captions given in a table are hashed."""
-    return fingerprint(uri) if uri.startswith(DATA_PREFIX) else uri
-
-
-def sidecar_uris(unit: Unit) -> list[str]:
-    """Caption files of a unit."""
-    return [uri for source in unit.sources for uri in source.sidecars]
-
-
 class AnnotateUnit:
     """Stage: takes a unit, writes its annotation table and its marker."""
 
@@ -175,17 +167,7 @@ class AnnotateUnit:
         path = file_name("annotation", unit.name)
         record = write_table(self.store, path, "annotation", annotations, ANNOTATION_SCHEMA)
         write_dead_letters(self.store, STAGE, unit.name, dead)
-        statuses = [annotation["caption_status"] for annotation in annotations]
-        counters: dict[str, float] = {
-            "clips": len(annotations),
-            "captions": statuses.count("ok"),
-            "missing": statuses.count("missing"),
-            "failed": statuses.count("failed"),
-            "dead": len(dead),
-            "retryable": sum(letter.retryable for letter in dead),
-            "inputs": len(annotations),
-            "lost": sum(is_lost(annotation) for annotation in annotations),
-        }
+        counters = annotate_counters(annotations, dead)
         ledger.finish(unit.name, wanted, [record], counters, attempt)
         return [result_row(unit.name, counters)]
 
@@ -241,11 +223,6 @@ class AnnotateUnit:
         return {
             clip["clip_id"]: pictures[i * count : (i + 1) * count] for i, clip in enumerate(clips)
         }
-
-
-def is_lost(annotation: Row) -> bool:
-    """Whether a caption or a score of this clip could not be had."""
-    return annotation["caption_status"] == "failed" or annotation["colourfulness"] is None
 
 
 def _score(pictures: list[np.ndarray] | None) -> float | None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from pipeline.child import ChildError, shared_child
 from pipeline.config import IngestConfig
+from pipeline.counters import curate_counters
 from pipeline.dead_letters import (
     LISTING,
     DeadLetter,
@@ -19,7 +20,8 @@ from pipeline.dead_letters import (
 from pipeline.graph import OnProgress, Row, result_row, run_stage, run_units
 from pipeline.ledger import Ledger, Wanted, fingerprint
 from pipeline.plan import Unit, extend_plan
-from pipeline.removal import leave_out_removed
+from pipeline.removal import finish_removal
+from pipeline.removed import leave_out_removed
 from pipeline.schema import CLIP_SCHEMA, SOURCE_SCHEMA, FileRecord, read_dead_letters
 from pipeline.settings import adopt_settings
 from pipeline.shards import file_name, read_rows, write_table
@@ -76,6 +78,7 @@ def curate(
         UserError: if an input is missing, too many fail, or no clip at all came out.
     """
     store = open_store(dataset_dir)
+    finish_removal(store)
     listing = leave_out_removed(store, list_sources(inputs))
     (settings,) = adopt_settings(
         store, {STAGE: curate_settings(config)}, config, replace=replace
@@ -172,15 +175,7 @@ def make_curate_unit(dataset_dir: str, config: IngestConfig) -> Callable[[Row], 
             clips.extend({**clip, **terms} for clip in found)
         files = write_unit(store, unit.name, sources, clips)
         write_dead_letters(store, STAGE, unit.name, dead)
-        counters: dict[str, float] = {
-            "sources": len(sources),
-            "clips": len(clips),
-            "dead": len(dead),
-            "retryable": sum(letter.retryable for letter in dead),
-            "inputs": len(unit.sources),
-            "lost": len(dead),
-            "video_s": sum(source["duration_s"] for source in sources),
-        }
+        counters = curate_counters(sources, len(clips), dead)
         ledger.finish(unit.name, wanted, files, counters, attempt)
         return [result_row(unit.name, counters)]
 

@@ -29,6 +29,7 @@ from pipeline.pending import (
     text_settings,
 )
 from pipeline.plan import require_plan
+from pipeline.removal import finish_removal
 from pipeline.schema import AUTOENCODER_FOLDER, MANIFEST_FILE, BucketRecord, Manifest
 from pipeline.settings import adopt_settings
 from pipeline.stage_latents import EncodeLatents
@@ -92,6 +93,7 @@ def encode(
     from streamdit.autoencoder import load_autoencoder
 
     store = open_store(dataset_dir)
+    finish_removal(store)
     units = [unit.name for unit in require_plan(store)]
     selected = _read_each(units, lambda unit: select_unit(store, unit, config))
     if not any(table.num_rows for table in selected.values()):

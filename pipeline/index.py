@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import pyarrow as pa
@@ -23,7 +22,6 @@ from pipeline.schema import (
 )
 from pipeline.select import split_of
 from pipeline.shards import write_table
-from pipeline.storage import read_bytes
 from pipeline.store import Store, walk_parquet
 from streamdit.config import AutoencoderIdentity, TextEncoderConfig
 from streamdit.errors import UserError
@@ -106,7 +104,7 @@ def write_selection(
     latest = max(versions, default=0)
     if latest and _has_content(store, selection_path(latest), index, expression):
         path = selection_path(latest)
-        digest = hashlib.sha256(read_bytes(store.uri(path))).hexdigest()
+        digest = store.sha256(path)
         size = store.size(path) or 0
         record = FileRecord(
             path=path, kind="selection", rows=index.num_rows, bytes=size, sha256=digest
@@ -122,6 +120,29 @@ def write_selection(
     return selection, record
 
 
+def relocate(
+    store: Store, selection: SelectionRecord, shards: Iterable[FileRecord]
+) -> tuple[SelectionRecord, FileRecord]:
+    """Write the next version of an index, with the places that clips have in changed shards."""
+    version = selection.version + 1
+    before = selection.path if store.exists(selection.path) else selection_path(version)
+    rows = pq.read_table(store.source(before)).to_pylist()
+    places = {
+        kind: _places(store, [record for record in shards if record.kind == kind])
+        for kind in ("latent", "text")
+    }
+    for row in rows:
+        for kind, found in places.items():
+            if place := found.get(row["clip_id"]):
+                names = (f"{kind}_file", f"{kind}_row_group", f"{kind}_row")
+                row.update(zip(names, place, strict=True))
+    index = pa.Table.from_pylist(rows, schema=SELECTION_SCHEMA)
+    named = index.replace_schema_metadata({"expression": selection.expression})
+    record = write_table(store, selection_path(version), "selection", named, named.schema)
+    update = {"version": version, "path": record.path, "rows": record.rows}
+    return selection.model_copy(update=update), record
+
+
 def _has_content(store: Store, path: str, index: pa.Table, expression: str) -> bool:
     """Whether an index that is there holds the same rows for the same expression."""
     table = pq.read_table(store.source(path))
@@ -133,7 +154,7 @@ def _index_unit(
     store: Store, selected: pa.Table, latents: Marker, texts: Marker, config: IngestConfig
 ) -> pa.Table:
     """Index rows of the selected clips of a unit that have a latent."""
-    latent_places, text_places = _places(store, latents), _places(store, texts)
+    latent_places, text_places = _places(store, latents.files), _places(store, texts.files)
     rows = [
         _index_row(row, config, latent_places[row["clip_id"]], text_places[row["clip_id"]])
         for row in selected.select(["clip_id", "source_id", "bucket", "caption"]).to_pylist()
@@ -155,10 +176,10 @@ def _index_row(row: Row, config: IngestConfig, latent: Place, text: Place) -> Ro
     }
 
 
-def _places(store: Store, marker: Marker) -> dict[str, Place]:
-    """Where each clip of a unit's shards lies; no payload is read."""
+def _places(store: Store, files: Iterable[FileRecord]) -> dict[str, Place]:
+    """Where each clip of shards lies; no payload is read."""
     places: dict[str, Place] = {}
-    for record in marker.files:
+    for record in files:
         with pq.ParquetFile(store.source(record.path)) as file:
             for group in range(file.num_row_groups):
                 ids = file.read_row_group(group, columns=["clip_id"])["clip_id"].to_pylist()

@@ -21,6 +21,8 @@ from streamdit.errors import UserError
 
 LEDGER_FOLDER = "ledger"
 MAX_ATTEMPTS = 3
+CLIPS_INPUT = "clips"
+"""Name of the clip table among the inputs of annotations."""
 READERS = 16
 """Markers read at once; on S3 each is a request."""
 

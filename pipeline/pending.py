@@ -190,11 +190,6 @@ class TextWork:
         content = [[path, [list(row.values()) for row in rows]] for path, rows in self.shards]
         return Wanted(settings=settings, inputs={CAPTIONS_INPUT: fingerprint(content)})
 
-    @property
-    def clips(self) -> int:
-        """Number of captions."""
-        return sum(len(rows) for _, rows in self.shards)
-
 
 def _no_caption(clip_id: str) -> Row:
     """For a clip that is encoded but that the clip table does not list any more."""

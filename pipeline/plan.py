@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from pipeline.sources import Source
-from pipeline.storage import is_s3
+from pipeline.storage import DATA_PREFIX, is_s3
 from pipeline.store import DatasetPath, Store, open_store
 from streamdit.errors import UserError
 
@@ -102,3 +102,15 @@ def _renew(known: Source, found: Source) -> Source:
 def _unit_name(members: Sequence[Source]) -> str:
     ids = ",".join(source.source_id for source in members)
     return hashlib.sha256(ids.encode()).hexdigest()[:12]
+
+
+def sidecar_uris(unit: Unit) -> list[str]:
+    """Caption files of a unit."""
+    return [uri for source in unit.sources for uri in source.sidecars]
+
+
+def sidecar_key(uri: str) -> str:
+    """Name of a caption file among the inputs of a unit; captions given in a table are hashed."""
+    if uri.startswith(DATA_PREFIX):
+        return hashlib.sha256(uri.encode()).hexdigest()[:16]
+    return uri

@@ -11,6 +11,7 @@ import numpy as np
 
 from pipeline.child import ChildError
 from pipeline.config import IngestConfig
+from pipeline.counters import latent_counters
 from pipeline.dead_letters import QUARANTINE, DeadLetter, write_dead_letters
 from pipeline.decoders import DecoderPool
 from pipeline.graph import Row, result_row
@@ -88,13 +89,7 @@ class EncodeLatents:
             records += self._write_bucket(work.unit, shape.name, first, clips, mine)
         letters = clips.letters()
         write_dead_letters(self.store, LATENTS, work.unit, letters)
-        stored = sum(record.rows for record in records)
-        counters: dict[str, float] = {
-            "clips": stored,
-            "dead": len(letters),
-            "inputs": stored + len(letters),
-            "lost": len(letters),
-        }
+        counters = latent_counters(records, letters)
         Ledger(self.store, LATENTS).finish(work.unit, wanted, records, counters)
 
     def _write_bucket(

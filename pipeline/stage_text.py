@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from pipeline.config import IngestConfig
+from pipeline.counters import text_counters
 from pipeline.graph import Row, result_row
 from pipeline.latents import batches, text_rows
 from pipeline.ledger import Ledger, Wanted
@@ -50,7 +51,7 @@ class EncodeTexts:
             return [result_row(NULL_UNIT, {})]
         work = TextWork.find(self.store, row["unit"])
         records = [self._write(work.unit, path, captions) for path, captions in work.shards]
-        counters: dict[str, float] = {"texts": work.clips}
+        counters = text_counters(records)
         wanted = work.wanted(row["settings"])
         Ledger(self.store, TEXT).finish(work.unit, wanted, records, counters)
         return [result_row(work.unit, counters)]

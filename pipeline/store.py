@@ -23,6 +23,7 @@ from pipeline.storage import (
     call_s3,
     is_s3,
     list_objects,
+    open_binary,
     read_bytes,
     split_s3,
 )
@@ -78,6 +79,11 @@ class Store(ABC):
         sink = self.sink(path)
         sink.file.write(text.encode("utf-8"))
         sink.finish()
+
+    def sha256(self, path: str) -> str:
+        """Hash of the content of a file."""
+        with open_binary(self.uri(path)) as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
 
     def exists(self, path: str) -> bool:
         """Whether there is such a file."""
