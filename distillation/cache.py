@@ -137,6 +137,8 @@ class CachedRollouts:
         UserError: if there are none.
     """
 
+    teacher_forwards = 0.0
+
     def __init__(self, directory: Path | str) -> None:
         self.directory = Path(directory)
         self.manifest = read_manifest(directory)

@@ -40,6 +40,7 @@ class MultistepDistillation:
     ) -> None:
         self.source = source
         self.plan = plan
+        self.teacher_forwards = source.teacher_forwards
         weights = segment_weights or (1.0,) * plan.scheme.N
         mean = sum(weights) / len(weights)
         self.segment_weights = tuple(weight / mean for weight in weights)

@@ -45,7 +45,13 @@ class Rollout:
 
 
 class RolloutSource(Protocol):
-    """Where rollouts come from: a teacher in memory, or files."""
+    """Where rollouts come from: a teacher in memory, or files.
+
+    Attributes:
+        teacher_forwards: evaluations of the teacher that a rollout of one sample costs now.
+    """
+
+    teacher_forwards: float
 
     def draw(
         self, latent_shape: torch.Size, generator: torch.Generator, progress: float = 0.0
@@ -113,6 +119,8 @@ class LiveRollouts:
     def __init__(self, teacher: VelocityFunction, plan: RolloutPlan) -> None:
         self.teacher = teacher
         self.plan = plan
+        guided = any(weight != 1.0 for weight in plan.guidance)
+        self.teacher_forwards = plan.scheme.s * (2.0 if guided else 1.0)
 
     def draw(
         self, latent_shape: torch.Size, generator: torch.Generator, progress: float = 0.0

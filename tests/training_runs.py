@@ -46,13 +46,13 @@ def train(dataset, out, crash_at=None, killed=(), **changes):
     """
     train_step = Run._train_step
 
-    def crashing(run, batches):
+    def crashing(run, batches, stop):
         if run.step == crash_at:
             if not killed:
                 raise Crash
             if run.world.rank in killed:
                 os.kill(os.getpid(), signal.SIGKILL)
-        return train_step(run, batches)
+        return train_step(run, batches, stop)
 
     Run._train_step = crashing
     try:

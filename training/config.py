@@ -100,8 +100,13 @@ class RunConfig(StrictModel):
     """Precision of weights and activations; master weights and moments are float32."""
     zero_stage: Literal[1, 2, 3] = 1
     """DeepSpeed ZeRO stage: shards optimizer state (1), gradients (2), parameters (3)."""
+    offload_optimizer: bool = False
+    """Keep float32 weights and moments in the memory of the host, and update them there."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass to save memory."""
+    skip_limit: int = Field(default=10, gt=0)
+    """Steps in a row that may be skipped for a loss or gradient that is not finite; then the run
+    stops."""
     log_every: int = Field(default=10, gt=0)
     """Steps between log lines."""
     checkpoint: CheckpointConfig = CheckpointConfig()

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from training.partitions import master_partitions
+from training.partitions import master_partitions, publish_masters
 
 
 class ExponentialMovingAverage:
@@ -55,6 +55,14 @@ class ExponentialMovingAverage:
             yield
         finally:
             self._swap()
+
+    @contextmanager
+    def model_averaged(self) -> Iterator[None]:
+        """Within the context the model computes with the averaged weights; on all ranks."""
+        with self.swapped_in():
+            publish_masters(self.engine)
+            yield
+        publish_masters(self.engine)
 
     @torch.no_grad()
     def _swap(self) -> None:

@@ -80,14 +80,18 @@ def _control_group(timeout_s: float) -> dist.ProcessGroup | None:
 def deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
     """DeepSpeed's configuration for a training configuration."""
     micro_batch, accumulation = config.accumulation(world_size)
+    zero: dict[str, Any] = {"stage": config.zero_stage}
+    if config.offload_optimizer:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     return {
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": accumulation,
         "train_batch_size": config.global_batch,
         "gradient_clipping": config.optimizer.gradient_clip,
         "bf16": {"enabled": config.precision == "bfloat16"},
-        "zero_optimization": {"stage": config.zero_stage},
+        "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 1 << 62,
         "wall_clock_breakdown": False,
     }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import resource
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from streamdit.config import DiTConfig
 from streamdit.gpus import find_gpu
+from streamdit.model.flops import count_flops
+from training.data import Batch
 
 
 def device_peak_flops(device: torch.device) -> float | None:
@@ -35,53 +38,73 @@ class StepMeter:
     """Collects step times and gives the figures of a log line.
 
     Attributes:
-        forward_flops: floating-point operations of one sample's forward pass.
-        tokens: latent tokens of one sample.
-        samples: samples of a step on this device.
+        model: shape of the transformer.
         world_size: number of devices.
         device: where it runs.
+        peak: FLOP/s that utilisation is measured against; None leaves it out.
         recompute: one more forward pass for activation checkpointing.
-
-    A teacher's forward passes in distillation are not counted.
+        teacher_forwards: forward passes of a teacher of the same shape, per sample.
     """
 
-    forward_flops: float
-    tokens: int
-    samples: int
+    model: DiTConfig
     world_size: int
     device: torch.device
+    peak: float | None
     recompute: bool
+    teacher_forwards: float
     _steps: list[float] = field(default_factory=list)
     _waits: list[float] = field(default_factory=list)
+    _samples: int = 0
+    _tokens: int = 0
+    _forward_flops: float = 0.0
+    _costs: dict[tuple[int, int, int], tuple[int, int]] = field(default_factory=dict)
 
-    def add(self, seconds: float, waited: float) -> None:
-        """One step took `seconds`, of which `waited` for data."""
+    def add(self, seconds: float, waited: float, batches: Sequence[Batch]) -> None:
+        """One step over `batches` took `seconds`, of which `waited` for data."""
         self._steps.append(seconds)
         self._waits.append(waited)
+        for batch in batches:
+            samples, _, _, height, width = batch.latents.shape
+            grid = (height, width, sum(values.shape[1] for values, _ in batch.text.values()))
+            if grid not in self._costs:
+                self._costs[grid] = sample_cost(self.model, *grid)
+            tokens, flops = self._costs[grid]
+            self._samples += samples
+            self._tokens += samples * tokens
+            self._forward_flops += samples * flops
 
     def flush(self, steps_left: int) -> dict[str, float]:
         """Figures over the steps since the last flush."""
         steps = np.array(self._steps)
-        mean = float(steps.mean())
+        seconds, mean = float(steps.sum()), float(steps.mean())
         figures = {
-            "samples_per_s": self.samples * self.world_size / mean,
-            "tokens_per_s_per_device": self.samples * self.tokens / mean,
+            "samples_per_s": self._samples * self.world_size / seconds,
+            "tokens_per_s_per_device": self._tokens / seconds,
             "step_p50_s": float(np.percentile(steps, 50)),
             "step_p95_s": float(np.percentile(steps, 95)),
-            "data_wait_share": sum(self._waits) / float(steps.sum()),
+            "data_wait_share": sum(self._waits) / seconds,
             "peak_memory_gib": peak_memory_bytes(self.device) / 2**30,
             "eta_s": mean * steps_left,
         }
-        # Model FLOPs count a forward pass three times, hardware FLOPs also what is recomputed.
-        model_flops = 3 * self.forward_flops * self.samples / mean
-        figures["model_tflops_per_device"] = model_flops / 1e12
-        peak = device_peak_flops(self.device)
-        if peak:
-            figures["mfu"] = model_flops / peak
-            figures["hfu"] = model_flops * (4 / 3 if self.recompute else 1) / peak
+        # Forward and backward are three forward passes; hardware also does what is recomputed.
+        passes = 3 + self.teacher_forwards
+        forward = self._forward_flops / seconds
+        figures["model_tflops_per_device"] = forward * passes / 1e12
+        if self.peak:
+            figures["mfu"] = forward * passes / self.peak
+            figures["hfu"] = forward * (passes + int(self.recompute)) / self.peak
         self._steps.clear()
         self._waits.clear()
+        self._samples = self._tokens = 0
+        self._forward_flops = 0.0
         return figures
+
+
+def sample_cost(model: DiTConfig, height: int, width: int, text_tokens: int) -> tuple[int, int]:
+    """Latent tokens of one sample, and the operations of its forward pass."""
+    bucket = next(b for b in model.buckets if (b.height, b.width) == (height, width))
+    frames, rows, columns = model.token_grid(bucket)
+    return frames * rows * columns, count_flops(model, bucket, text_tokens)["total"]
 
 
 class MetricsFile:

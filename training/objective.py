@@ -3,21 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.functional import one_hot
 
 from streamdit.config import PartitionConfig
 from streamdit.flow import VelocityFunction, flow_matching_loss, interpolate, velocity_target
-from streamdit.partition import PartitionMixture
+from streamdit.partition import PartitionMixture, apply_gamma
 from training.data import Batch
 
 if TYPE_CHECKING:
     from training.job import TrainJob
 
+MOST_SEGMENTS = 8
+"""Noise segments that the loss is reported by, unless the mixture has fewer."""
+
 Draws = dict[str, Tensor]
 """All random draws of a batch, each `[b, ...]`."""
+
+
+class Mean(NamedTuple):
+    """A mean that is not taken yet, so that those of micro-batches and ranks can be added up.
+
+    Attributes:
+        total: weighted sum, scalar.
+        weight: sum of the weights, scalar; 0 where there was nothing to measure.
+    """
+
+    total: Tensor
+    weight: Tensor
+
+
+Metrics = dict[str, Mean | Tensor]
+"""Detached figures by name; a plain scalar counts with weight 1."""
 
 
 class Objective(Protocol):
@@ -25,7 +45,13 @@ class Objective(Protocol):
 
     The draws of a sample come from that sample's own generator, so they do not depend on the
     number of workers or on where a run was resumed.
+
+    Attributes:
+        teacher_forwards: forward passes of a model of the student's shape that one sample costs
+            beside the student's own.
     """
+
+    teacher_forwards: float
 
     def draw(
         self, latent_shape: torch.Size, generator: torch.Generator, progress: float = 0.0
@@ -38,8 +64,8 @@ class Objective(Protocol):
 
     def __call__(
         self, student: VelocityFunction, batch: Batch, draws: Draws
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss (scalar, float32) and named metrics (detached scalars)."""
+    ) -> tuple[Tensor, Metrics]:
+        """Loss (scalar, float32) and figures to log."""
         ...
 
 
@@ -57,10 +83,16 @@ class FlowMatching:
         caption_dropout: share of captions replaced by the empty one.
     """
 
+    teacher_forwards = 0.0
+
     def __init__(
         self, partition: PartitionConfig, buffer_frames: int, caption_dropout: float
     ) -> None:
         self.mixture = PartitionMixture(partition, buffer_frames)
+        self.chunk_sizes = sorted({scheme.c for scheme in self.mixture.schemes})
+        segments = min(MOST_SEGMENTS, max(scheme.N for scheme in self.mixture.schemes))
+        # Ends of the noise segments that the loss is reported by, the noisiest first.
+        self.segment_ends = apply_gamma(torch.arange(1, segments) / segments, partition.gamma)
         self.sigma_min = partition.sigma_min
         self.caption_dropout = caption_dropout
 
@@ -79,18 +111,38 @@ class FlowMatching:
 
     def __call__(
         self, student: VelocityFunction, batch: Batch, draws: Draws
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Mean squared velocity error; metrics give it per chunk size too."""
+    ) -> tuple[Tensor, Metrics]:
+        """Mean squared velocity error; metrics give it per chunk size and noise segment too."""
         latents = interpolate(batch.latents, draws["noise"], draws["tau"], self.sigma_min)
         target = velocity_target(batch.latents, draws["noise"], self.sigma_min)
         text = batch.text.where(draws["keep_caption"], batch.null_text)
         prediction = student(latents, draws["tau"], text)
-        per_sample = flow_matching_loss(prediction, target, draws["weight"]).mean(dim=1)
-        metrics = {}
-        for chunk in draws["chunk_frames"].unique().tolist():
-            rows = draws["chunk_frames"] == chunk
-            metrics[f"loss_chunk_{chunk}"] = per_sample.detach()[rows].mean()
+        per_frame = flow_matching_loss(prediction, target, draws["weight"])
+        per_sample = per_frame.mean(dim=1)
+        metrics = self._by_chunk_size(per_sample.detach(), draws["chunk_frames"])
+        metrics |= self._by_segment(per_frame.detach(), draws["weight"], draws["tau"])
         return per_sample.mean(), metrics
+
+    def _by_chunk_size(self, per_sample: Tensor, chunk_frames: Tensor) -> Metrics:
+        """Loss of the samples of each chunk size."""
+        sizes = torch.tensor(self.chunk_sizes, device=per_sample.device)
+        member = chunk_frames[:, None] == sizes
+        totals, weights = (per_sample[:, None] * member).sum(dim=0), member.sum(dim=0)
+        return {
+            f"loss_chunk_{size}": Mean(totals[index], weights[index])
+            for index, size in enumerate(self.chunk_sizes)
+        }
+
+    def _by_segment(self, per_frame: Tensor, weight: Tensor, tau: Tensor) -> Metrics:
+        """Loss of the frames in each noise segment, 1 the noisiest; references lie in none."""
+        ends = self.segment_ends.to(tau.device)
+        member = one_hot(torch.bucketize(tau, ends, right=True), len(ends) + 1)
+        totals = (per_frame[..., None] * member).sum(dim=(0, 1))
+        weights = (weight[..., None] * member).sum(dim=(0, 1))
+        return {
+            f"loss_segment_{index + 1}": Mean(totals[index], weights[index])
+            for index in range(len(ends) + 1)
+        }
 
 
 def make_flow_matching(job: TrainJob, device: torch.device) -> FlowMatching:

@@ -7,16 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
-from streamdit.model.flops import count_flops
 from training.checkpoint import CheckpointFacts, load_checkpoint, save_checkpoint
 from training.data import Batch, BatchLoader, BatchOrder, LatentDataset, sample_generator
 from training.ema import ExponentialMovingAverage
 from training.engine import World, set_learning_rate
+from training.failures import SkippedSteps, memory_errors
 from training.job import TrainJob
-from training.metrics import StepMeter
-from training.objective import Objective, stack_draws
+from training.means import Means
+from training.metrics import StepMeter, device_peak_flops
+from training.objective import Mean, Objective, stack_draws
 from training.records import Records
 from training.schedule import learning_rate
 from training.stop import Interrupted, StopRequest
@@ -61,6 +61,7 @@ class Run:
             self.checkpoints, engine, ema, world, config.zero_stage, self.fingerprint
         )
         self.step = facts.step if facts else 0
+        self.skipped = SkippedSteps(Path(job.out) / "skipped", config.skip_limit, world)
         self.records = Records(
             job,
             dataset.manifest.fingerprint,
@@ -85,9 +86,10 @@ class Run:
         for batches in self.loader.steps(self.step, config.steps):
             started = time.perf_counter()
             waited = started - waiting
-            figures = self._train_step(batches)
+            with memory_errors(config, self.engine.module, batches, self.world):
+                figures = self._train_step(batches, stop)
             waiting = time.perf_counter()
-            meter.add(waiting - started + waited, waited)
+            meter.add(waiting - started + waited, waited, batches)
             last = self.step == config.steps
             if last or self.step % config.log_every == 0 or self.step == 1:
                 self._log(figures, meter)
@@ -100,11 +102,11 @@ class Run:
                 raise Interrupted(f"stopped at step {self.step}; the same command continues")
             waiting = time.perf_counter()
 
-    def _train_step(self, batches: list[Batch]) -> dict[str, torch.Tensor]:
+    def _train_step(self, batches: list[Batch], stop: StopRequest) -> Means:
         """One optimizer step over its micro-batches; its figures stay on the device."""
         config, device = self.config, self.world.device
         set_learning_rate(self.engine, learning_rate(config.optimizer, self.step, config.steps))
-        sums: dict[str, list[torch.Tensor]] = {}
+        figures, losses = Means(), []
         for batch in batches:
             draws = stack_draws(
                 [
@@ -122,35 +124,38 @@ class Run:
                 {name: value.to(device) for name, value in draws.items()},
             )
             self.engine.backward(loss)
+            if batch is batches[-1]:
+                stop.ask()
             self.engine.step()
-            for name, value in {"loss": loss.detach(), **metrics}.items():
-                sums.setdefault(name, []).append(value)
-        self.ema.update()
+            losses.append(loss.detach())
+            weight = torch.tensor(len(batch.clip_ids), device=device)
+            figures.add({"loss": Mean(losses[-1] * weight, weight), **metrics})
         self.step += 1
-        return {name: torch.stack(values).mean() for name, values in sums.items()}
+        skipped = bool(self.engine.optimizer.overflow)
+        if not skipped:
+            self.ema.update()
+        self.skipped.note(self.step, skipped, batches, losses)
+        return figures
 
     def _meter(self) -> StepMeter:
-        model = self.job.model
-        frames, rows, columns = model.token_grid(model.buckets[0])
+        config, device = self.config, self.world.device
         return StepMeter(
-            forward_flops=count_flops(model)["total"],
-            tokens=frames * rows * columns,
-            samples=self.config.global_batch // self.world.size,
+            model=self.job.model,
             world_size=self.world.size,
-            device=self.world.device,
-            recompute=self.config.activation_checkpointing,
+            device=device,
+            peak=device_peak_flops(device) if config.precision == "bfloat16" else None,
+            recompute=config.activation_checkpointing,
+            teacher_forwards=self.objective.teacher_forwards,
         )
 
-    def _log(self, step: dict[str, torch.Tensor], meter: StepMeter) -> None:
-        """Fetch the last step's figures, the loss as the mean of all ranks, and record them."""
+    def _log(self, step: Means, meter: StepMeter) -> None:
+        """Fetch the last step's figures, as means over all ranks, and record them."""
         config = self.config
-        loss = step["loss"].double()
-        dist.all_reduce(loss)
-        figures = {name: float(value) for name, value in step.items()} | {
+        figures = step.reduce(self.world) | {
             "epoch": self.loader.order.epoch(self.step - 1),
-            "loss": float(loss / self.world.size),
             "learning_rate": learning_rate(config.optimizer, self.step - 1, config.steps),
             "gradient_norm": float(self.engine.get_global_grad_norm() or 0.0),
+            "skipped_steps": self.skipped.count,
             **meter.flush(config.steps - self.step),
         }
         self.records.write(self.step, figures)
@@ -158,8 +163,19 @@ class Run:
     def _validate(self) -> None:
         if not len(self.held_out):
             return
+        figures = {}
         self.engine.eval()
-        loss = validate(
+        if self.config.ema_decay:
+            figures |= {f"{name}_raw": loss for name, loss in self._held_out_figures().items()}
+            with self.ema.model_averaged():
+                figures |= self._held_out_figures()
+        else:
+            figures |= self._held_out_figures()
+        self.engine.train()
+        self.records.write(self.step, figures)
+
+    def _held_out_figures(self) -> dict[str, float]:
+        figures = validate(
             self.engine,
             self.objective,
             self.held_out,
@@ -167,8 +183,7 @@ class Run:
             self.config.validation.samples,
             self.world,
         )
-        self.engine.train()
-        self.records.write(self.step, {"validation_loss": loss})
+        return {f"validation_{name}": value for name, value in figures.items()}
 
     def _save(self) -> None:
         facts = CheckpointFacts(

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import torch
-import torch.distributed as dist
 
 from streamdit.flow import VelocityFunction
 from training.data import BatchLoader, LatentDataset, sample_generator
 from training.engine import World
+from training.means import Means
 from training.objective import Objective, stack_draws
 
 VALIDATION_SEED = 1_000_003
@@ -21,8 +21,8 @@ def validate(
     loader: BatchLoader,
     samples: int,
     world: World,
-) -> float:
-    """Mean objective over the first `samples` held-out clips; every rank takes part.
+) -> dict[str, float]:
+    """Mean loss and figures over the first `samples` held-out clips; every rank takes part.
 
     Args:
         student: the model under training.
@@ -34,7 +34,7 @@ def validate(
     """
     clips = [clip for bucket in sorted(dataset.buckets) for clip in dataset.buckets[bucket]]
     clips = clips[:samples]
-    sums = torch.zeros(2, dtype=torch.float64)
+    figures = Means()
     # Every rank makes the same number of forward passes, which ZeRO-3 needs; a rank that has run
     # out of clips repeats one without counting it.
     for start in range(0, len(clips), world.size):
@@ -43,9 +43,7 @@ def validate(
         generator = sample_generator(VALIDATION_SEED, 0, index, "draws")
         draws = stack_draws([objective.draw(batch.latents.shape[1:], generator)])
         draws = {name: value.to(world.device) for name, value in draws.items()}
-        loss, _ = objective(student, batch, draws)
+        loss, metrics = objective(student, batch, draws)
         if start + world.rank < len(clips):
-            sums += torch.tensor([float(loss), 1.0], dtype=torch.float64)
-    sums = sums.to(world.device)
-    dist.all_reduce(sums)
-    return float(sums[0] / sums[1])
+            figures.add({"loss": loss, **metrics})
+    return figures.reduce(world)

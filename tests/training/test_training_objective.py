@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from streamdit.config import PartitionConfig, PartitionEntry
+from streamdit.config import GammaConfig, PartitionConfig, PartitionEntry
+from streamdit.flow import interpolate
 from streamdit.text import TextStates
 from training.config import OptimizerConfig
 from training.data import Batch
@@ -55,9 +56,10 @@ def test_loss_is_the_squared_error_of_the_velocity_written_out():
             torch.testing.assert_close(seen["x"][b, f], x)
             total += (0.5 * x - (latents[b, f] - 0.9 * noise)).square().mean()
     torch.testing.assert_close(loss, total / 12)
-    chunks = draws["chunk_frames"].tolist()
-    mean = sum(metrics[f"loss_chunk_{c}"] * chunks.count(c) for c in set(chunks)) / 3
-    torch.testing.assert_close(mean, loss)
+    for part in ("chunk", "segment"):
+        parts = [mean for name, mean in metrics.items() if name.startswith(f"loss_{part}_")]
+        whole = sum(mean.total for mean in parts) / sum(mean.weight for mean in parts)
+        torch.testing.assert_close(whole, loss)
 
 
 def test_the_true_velocity_has_no_loss():
@@ -114,3 +116,43 @@ def test_learning_rate_rises_then_falls_along_a_cosine():
     assert learning_rate(config, 104, 104) == pytest.approx(0.1)
     constant = OptimizerConfig(learning_rate=1.0)
     assert learning_rate(constant, 99, 100) == 1.0
+
+
+def test_losses_are_reported_by_chunk_size_and_by_noise_segment():
+    """Against sums over single frames, with a schedule that bends the segments."""
+    gamma = GammaConfig(kind="exponential", power=2.0)
+    entries = (PartitionEntry(chunk_frames=1), PartitionEntry(chunk_frames=1, reference_frames=2))
+    flow = FlowMatching(PartitionConfig(entries=entries, gamma=gamma), 4, 0.0)
+    latents = torch.randn(40, 4, 2, 3, 3)
+    draws = draws_for(flow, latents)
+    _, metrics = flow(lambda x, tau, text: 0.3 * x, batch_of(latents), draws)
+    error = (
+        0.3 * interpolate(latents, draws["noise"], draws["tau"]) - latents + draws["noise"]
+    ) ** 2
+    for segment in range(1, 5):
+        low, high = ((segment - 1) / 4) ** 2, (segment / 4) ** 2
+        inside = [
+            error[b, f].mean() * draws["weight"][b, f]
+            for b in range(40)
+            for f in range(4)
+            if low <= draws["tau"][b, f] < high and draws["weight"][b, f] > 0
+        ]
+        found = metrics[f"loss_segment_{segment}"]
+        torch.testing.assert_close(found.total, torch.stack(inside).sum())
+        assert found.weight > 0
+    assert "loss_segment_5" not in metrics
+    assert [name for name in metrics if "chunk" in name] == ["loss_chunk_1"]
+
+
+def test_reference_frames_and_weights_of_the_mixture_are_drawn_as_configured():
+    entries = (
+        PartitionEntry(chunk_frames=1, weight=1.0),
+        PartitionEntry(chunk_frames=4, weight=3.0),
+        PartitionEntry(chunk_frames=1, reference_frames=2, weight=4.0),
+    )
+    flow = FlowMatching(PartitionConfig(entries=entries), 4, 0.0)
+    draws = draws_for(flow, torch.randn(800, 4, 1, 1, 1))
+    whole_buffer = (draws["chunk_frames"] == 4).float().mean()
+    referenced = (draws["weight"][:, 0] == 0).float().mean()
+    assert abs(whole_buffer - 3 / 8) < 0.05  # the share of text-to-video samples
+    assert abs(referenced - 4 / 8) < 0.05

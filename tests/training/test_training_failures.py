@@ -1,0 +1,152 @@
+"""What a run does when a step goes wrong, and when it is asked to stop."""
+
+import json
+import os
+import signal
+import threading
+import time
+
+import pytest
+import torch
+from latent_dataset import write_dataset
+from training_runs import losses, tiny_job, train
+
+from streamdit.errors import UserError
+from training.checkpoint import find_checkpoints
+from training.loop import train_loop
+from training.metrics import read_metrics
+from training.objective import FlowMatching
+from training.run import Run
+from training.stop import Interrupted, in_main_thread
+
+
+@pytest.fixture(scope="module")
+def dataset_dir(tmp_path_factory):
+    return write_dataset(tmp_path_factory.mktemp("data") / "dataset")
+
+
+def spoil(monkeypatch, steps, value):
+    """Make the loss of optimizer steps `steps` (from 1) `value`."""
+    call, count = FlowMatching.__call__, iter(range(1, 1000))
+
+    def spoilt(self, student, batch, draws):
+        loss, metrics = call(self, student, batch, draws)
+        return (loss * value if next(count) in steps else loss), metrics
+
+    monkeypatch.setattr(FlowMatching, "__call__", spoilt)
+
+
+@pytest.mark.parametrize(
+    ("stage", "precision", "value"),
+    [
+        (1, "float32", float("nan")),
+        (2, "bfloat16", float("inf")),
+        (3, "bfloat16", float("nan")),
+    ],
+)
+def test_a_step_that_is_not_finite_is_skipped_and_counted(
+    dataset_dir, tmp_path, monkeypatch, stage, precision, value
+):
+    spoil(monkeypatch, {3}, value)
+    options = {"validation": {"samples": 0}, "precision": precision, "zero_stage": stage}
+    train(dataset_dir, tmp_path / "out", **options)
+    rows = list(read_metrics(tmp_path / "out" / "metrics.jsonl"))
+    assert [row["skipped_steps"] for row in rows] == [0, 0, 1, 1, 1, 1]
+    assert [row["step"] for row in rows if not -1e9 < row["loss"] < 1e9] == [3]
+    (saved,) = (tmp_path / "out" / "skipped").iterdir()
+    content = json.loads(saved.read_text())
+    assert content["step"] == 3
+    assert len(content["micro_batches"][0]["clip_ids"]) == 8
+    assert all(clip.startswith("clip-") for clip in content["micro_batches"][0]["clip_ids"])
+    weights = torch.load(
+        next((tmp_path / "out").glob("checkpoints/step-00000006/ema-*.pt")), weights_only=True
+    )
+    assert weights["updates"] == 5
+    assert all(torch.isfinite(shard).all() for shard in weights["shards"])
+
+
+def test_many_such_steps_in_a_row_stop_the_run_with_the_clips_named(
+    dataset_dir, tmp_path, monkeypatch
+):
+    spoil(monkeypatch, {2, 4, 5, 6}, float("nan"))
+    with pytest.raises(UserError, match="3 steps in a row, up to step 6; the clips are listed in"):
+        train(dataset_dir, tmp_path / "out", skip_limit=3, validation={"samples": 0})
+    assert len(list((tmp_path / "out" / "skipped").iterdir())) == 4
+    newest = find_checkpoints(tmp_path / "out" / "checkpoints")[0]
+    assert newest.name == "step-00000003"
+
+
+def test_running_out_of_memory_is_one_line_with_sizes_and_remedies(
+    dataset_dir, tmp_path, monkeypatch
+):
+    def allocate(self, student, batch, draws):
+        return torch.empty(1 << 50), {}
+
+    monkeypatch.setattr(FlowMatching, "__call__", allocate)
+    with pytest.raises(UserError) as caught:
+        train(dataset_dir, tmp_path / "out")
+    message = str(caught.value)
+    assert "\n" not in message
+    assert "out of memory on rank 0 (cpu)" in message
+    assert "micro-batch of 8 latents 4x4x4x4" in message
+    assert "try micro_batch=4 or activation_checkpointing=true or zero_stage=2" in message
+
+
+def stop_at(monkeypatch, step):
+    train_step = Run._train_step
+
+    def stopping(run, batches, stop):
+        if run.step == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return train_step(run, batches, stop)
+
+    monkeypatch.setattr(Run, "_train_step", stopping)
+
+
+def test_sigterm_saves_a_checkpoint_from_which_the_run_goes_on(
+    dataset_dir, tmp_path, monkeypatch, caplog
+):
+    train(dataset_dir, tmp_path / "straight")
+    before = signal.getsignal(signal.SIGTERM)
+    with monkeypatch.context() as context:
+        stop_at(context, 4)
+        with pytest.raises(Interrupted, match="stopped at step 5; the same command continues"):
+            train(dataset_dir, tmp_path / "out")
+    assert "rank 0 was asked to stop" in caplog.text
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert find_checkpoints(tmp_path / "out" / "checkpoints")[0].name == "step-00000005"
+    train(dataset_dir, tmp_path / "out")
+    assert losses(tmp_path / "out") == losses(tmp_path / "straight")
+
+
+def test_sigterm_is_heard_by_a_loop_in_another_thread(dataset_dir, tmp_path, monkeypatch):
+    """A Ray Train worker runs the loop so."""
+    stop_at(monkeypatch, 4)
+    ended = []
+
+    def loop():
+        try:
+            train_loop(tiny_job(dataset_dir, tmp_path / "out"))
+        except Interrupted as stopped:
+            ended.append(str(stopped))
+
+    thread = threading.Thread(target=loop)
+    thread.start()
+    while thread.is_alive():  # the main thread executes Python now and then
+        time.sleep(0.01)
+    assert ended == ["stopped at step 5; the same command continues"]
+    assert find_checkpoints(tmp_path / "out" / "checkpoints")[0].name == "step-00000005"
+
+
+def test_a_call_is_run_in_the_main_thread_or_reported_late(monkeypatch):
+    where, answers = [], []
+    thread = threading.Thread(
+        target=lambda: answers.append(
+            in_main_thread(lambda: where.append(threading.current_thread()))
+        )
+    )
+    thread.start()
+    while thread.is_alive():
+        time.sleep(0.01)
+    assert answers == [True]
+    assert where == [threading.main_thread()]

@@ -1,0 +1,68 @@
+"""Held-out loss: fixed draws, on the averaged weights, without touching the run."""
+
+import pytest
+import torch
+from latent_dataset import write_dataset
+from training_runs import losses, tiny_job, train
+
+from streamdit.io import load_model
+from training.data import BatchLoader, BatchOrder, LatentDataset, sample_generator
+from training.metrics import read_metrics
+from training.objective import make_flow_matching, stack_draws
+from training.validation import VALIDATION_SEED
+
+
+@pytest.fixture(scope="module")
+def dataset_dir(tmp_path_factory):
+    return write_dataset(tmp_path_factory.mktemp("data") / "dataset")
+
+
+def rows(out):
+    return [row for row in read_metrics(out / "metrics.jsonl") if "validation_loss" in row]
+
+
+def held_out_loss(out, dataset_dir, model):
+    """Mean loss over the four held-out clips, one by one."""
+    job = tiny_job(dataset_dir, out)
+    objective = make_flow_matching(job, torch.device("cpu"))
+    held_out = LatentDataset(dataset_dir, "held_out")
+    order = BatchOrder(held_out.buckets, 1, seed=0)
+    loader = BatchLoader(held_out, order, 4, 0, 1, micro_batch=1)
+    total = 0.0
+    for index in range(4):
+        batch = loader.collate(range(4), [index], VALIDATION_SEED)
+        generator = sample_generator(VALIDATION_SEED, 0, index, "draws")
+        draws = stack_draws([objective.draw(batch.latents.shape[1:], generator)])
+        with torch.no_grad():
+            total += float(objective(model, batch, draws)[0])
+    return total / 4
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_held_out_loss_is_that_of_the_exported_average(dataset_dir, tmp_path, stage):
+    out = tmp_path / "out"
+    train(dataset_dir, out, zero_stage=stage)
+    (row,) = rows(out)
+    model, _ = load_model(out / "model")
+    expected = held_out_loss(out, dataset_dir, model)
+    assert row["validation_loss"] == pytest.approx(expected, rel=1e-5)
+    assert row["validation_loss_raw"] != row["validation_loss"]
+    assert {"validation_loss_chunk_1", "validation_loss_segment_4"} & set(row)
+
+
+def test_without_an_average_it_is_that_of_the_last_weights(dataset_dir, tmp_path):
+    train(dataset_dir, tmp_path / "out", ema_decay=0.0)
+    (row,) = rows(tmp_path / "out")
+    assert "validation_loss_raw" not in row
+    model, _ = load_model(tmp_path / "out" / "model")
+    expected = held_out_loss(tmp_path / "out", dataset_dir, model)
+    assert row["validation_loss"] == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize(("stage", "precision"), [(1, "float32"), (2, "bfloat16"), (3, "bfloat16")])
+def test_validating_changes_nothing_of_the_run(dataset_dir, tmp_path, stage, precision):
+    options = {"zero_stage": stage, "precision": precision}
+    train(dataset_dir, tmp_path / "often", validation={"every": 1, "samples": 2}, **options)
+    train(dataset_dir, tmp_path / "never", validation={"samples": 0}, **options)
+    assert len(rows(tmp_path / "often")) == 6
+    assert losses(tmp_path / "often") == losses(tmp_path / "never")

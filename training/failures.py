@@ -1,0 +1,111 @@
+"""What goes wrong inside a step: losses that are not finite, and memory that runs out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from streamdit.errors import UserError
+from streamdit.model import StreamDiT
+from training.config import RunConfig
+from training.data import Batch
+from training.engine import World
+from training.metrics import peak_memory_bytes
+
+
+class SkippedSteps:
+    """Counts steps without an update because a loss or gradient was not finite.
+
+    DeepSpeed looks at the gradients of all ranks and skips the update on all of them; this keeps
+    what is needed to find the cause, and ends a run that cannot recover.
+
+    Args:
+        folder: where the clip ids of such steps are written.
+        limit: steps in a row after which the run stops.
+        world: this process.
+    """
+
+    def __init__(self, folder: Path, limit: int, world: World) -> None:
+        self.folder = folder
+        self.limit = limit
+        self.world = world
+        self.count = 0
+        self._in_a_row = 0
+
+    def note(
+        self, step: int, skipped: bool, batches: Sequence[Batch], losses: Sequence[torch.Tensor]
+    ) -> None:
+        """Take in how a step went; every rank calls this with the same `skipped`.
+
+        Raises:
+            UserError: after `limit` skipped steps in a row.
+        """
+        if not skipped:
+            self._in_a_row = 0
+            return
+        self.count += 1
+        self._in_a_row += 1
+        path = self._save(step, batches, losses)
+        if self._in_a_row >= self.limit:
+            raise UserError(
+                f"loss or gradients were not finite for {self._in_a_row} steps in a row, up to "
+                f"step {step}; the clips are listed in {path.parent}; lower "
+                "optimizer.learning_rate or remove bad clips, then run the same command to "
+                "continue from the newest checkpoint"
+            )
+
+    def _save(self, step: int, batches: Sequence[Batch], losses: Sequence[torch.Tensor]) -> Path:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / f"step-{step:08d}-rank{self.world.rank:05d}.json"
+        rows = [
+            {"loss": str(float(loss)), "clip_ids": batch.clip_ids}
+            for batch, loss in zip(batches, losses, strict=True)
+        ]
+        path.write_text(json.dumps({"step": step, "micro_batches": rows}, indent=2) + "\n")
+        return path
+
+
+@contextmanager
+def memory_errors(
+    config: RunConfig, model: StreamDiT, batches: Sequence[Batch], world: World
+) -> Iterator[None]:
+    """Turn running out of memory into one line with the sizes and what to lower.
+
+    Raises:
+        UserError: if memory ran out within.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not _is_out_of_memory(error):
+            raise
+        latents = batches[0].latents
+        remedies = []
+        share = config.global_batch // world.size
+        smaller = [size for size in range(1, len(latents)) if share % size == 0]
+        if smaller:
+            remedies.append(f"micro_batch={smaller[-1]}")
+        if not config.activation_checkpointing:
+            remedies.append("activation_checkpointing=true")
+        if config.zero_stage < 3:
+            remedies.append(f"zero_stage={config.zero_stage + 1}")
+        if not config.offload_optimizer:
+            remedies.append("offload_optimizer=true")
+        parameters = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
+        shape = "x".join(str(size) for size in latents.shape[1:])
+        raise UserError(
+            f"out of memory on rank {world.rank} ({world.device}): {parameters / 1e6:,.0f}M "
+            f"parameters over {world.size} workers at ZeRO stage {config.zero_stage}, micro-batch "
+            f"of {len(latents)} latents {shape}, {peak_memory_bytes(world.device) / 2**30:.1f} GiB "
+            f"used at most; try {' or '.join(remedies) or 'more workers'}"
+        ) from error
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether an allocator said so (on CPUs it is a plain RuntimeError)."""
+    said = ("not enough memory", "can't allocate memory")
+    return isinstance(error, torch.OutOfMemoryError) or any(part in str(error) for part in said)
