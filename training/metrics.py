@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import resource
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -57,7 +57,7 @@ class StepMeter:
     _samples: int = 0
     _tokens: int = 0
     _forward_flops: float = 0.0
-    _costs: dict[tuple[int, int, int], tuple[int, int]] = field(default_factory=dict)
+    _costs: dict[tuple[Any, ...], tuple[int, int]] = field(default_factory=dict)
 
     def add(self, seconds: float, waited: float, batches: Sequence[Batch]) -> None:
         """One step over `batches` took `seconds`, of which `waited` for data."""
@@ -65,10 +65,11 @@ class StepMeter:
         self._waits.append(waited)
         for batch in batches:
             samples, _, _, height, width = batch.latents.shape
-            grid = (height, width, sum(values.shape[1] for values, _ in batch.text.values()))
-            if grid not in self._costs:
-                self._costs[grid] = sample_cost(self.model, *grid)
-            tokens, flops = self._costs[grid]
+            lengths = tuple((name, values.shape[1]) for name, (values, _) in batch.text.items())
+            shape = (height, width, lengths)
+            if shape not in self._costs:
+                self._costs[shape] = sample_cost(self.model, height, width, dict(lengths))
+            tokens, flops = self._costs[shape]
             self._samples += samples
             self._tokens += samples * tokens
             self._forward_flops += samples * flops
@@ -100,7 +101,9 @@ class StepMeter:
         return figures
 
 
-def sample_cost(model: DiTConfig, height: int, width: int, text_tokens: int) -> tuple[int, int]:
+def sample_cost(
+    model: DiTConfig, height: int, width: int, text_tokens: Mapping[str, int]
+) -> tuple[int, int]:
     """Latent tokens of one sample, and the operations of its forward pass."""
     bucket = next(b for b in model.buckets if (b.height, b.width) == (height, width))
     frames, rows, columns = model.token_grid(bucket)
