@@ -40,10 +40,14 @@ class MultistepDistillation:
     ) -> None:
         self.source = source
         self.plan = plan
-        self.teacher_forwards = source.teacher_forwards
         weights = segment_weights or (1.0,) * plan.scheme.N
         mean = sum(weights) / len(weights)
         self.segment_weights = tuple(weight / mean for weight in weights)
+
+    @property
+    def teacher_forwards(self) -> float:
+        """Evaluations of the teacher per sample."""
+        return self.source.teacher_forwards
 
     def draw(
         self, latent_shape: torch.Size, generator: torch.Generator, progress: float = 0.0
