@@ -7,8 +7,7 @@ Only `float8` rounds more, and says so.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
@@ -18,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from streamdit.config import StrictModel
 from streamdit.errors import UserError
-from streamdit.model.block import Block
+from streamdit.model.block import Block, TextMemory, WindowContext
 from streamdit.model.dit import StreamDiT
 from streamdit.model.prepared import Signals, TextMemories
 from streamdit.model.quantise import with_float8_linears
@@ -28,6 +27,13 @@ FLOAT8_CAPABILITY = (8, 9)
 """First CUDA compute capability that multiplies in e4m3."""
 
 AttentionKernel = Literal["auto", "flash", "cudnn"]
+
+_OTHERS = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+PREFERENCES = {
+    "flash": [SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, *_OTHERS],
+    "cudnn": [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, *_OTHERS],
+}
+"""Kernels in the order in which they are tried; not every one takes a mask, or every device."""
 
 
 class FastConfig(StrictModel):
@@ -90,14 +96,10 @@ class FastVelocity:
         check_supported(config, device, model.patch_embedding.weight.dtype)
         self.guidance_scale = guidance_scale
         self._model = with_float8_linears(model) if config.float8 else model
-        self._transform: Callable[..., Tensor] = Block.transform
+        parts: list[Callable[..., Tensor]] = [StreamDiT.embed_latents, run_block, run_output]
         if config.compile:
-            self._transform = torch.compile(
-                Block.transform,
-                fullgraph=True,
-                dynamic=False,
-                mode="max-autotune-no-cudagraphs",
-            )
+            parts = [compiled(part) for part in parts]
+        self._begin, self._block, self._end = parts
         shape = (batch, levels.shape[1], *latent_shape)
         with torch.no_grad():
             self._signals = Signals(self._model, levels, config.modulation_table)
@@ -127,10 +129,7 @@ class FastVelocity:
         self._signals.select(row)
         if not self.config.text_memory:
             self._memories.set(self._model.project_text(self._text))
-        with preferred_attention(self.config.attention):
-            if self._graph is not None:
-                return self._graph(latents)
-            return self._evaluate(latents)
+        return self._evaluate(latents) if self._graph is None else self._graph(latents)
 
     def _evaluate(self, latents: Tensor) -> Tensor:
         if self.guidance_scale == 1.0:
@@ -140,15 +139,43 @@ class FastVelocity:
 
     def _network(self, latents: Tensor) -> Tensor:
         """The network on `latents [b, f, C, h, w]`, from what is prepared."""
-        model, signals = self._model, self._signals
-        x = model.embed_latents(latents)
+        model, signals, kernel = self._model, self._signals, self.config.attention
+        x = self._begin(model, latents)
         for index, block in enumerate(model.blocks):
             # [f, 6, d] to six tensors [f, 1, d]
             frame_signals = signals.blocks[:, index].unsqueeze(2).unbind(1)
             memory, windows = self._memories.of_block(index), self._contexts[index % 2]
-            x = self._transform(block, x, frame_signals, memory, windows)
-        voxels = model.output.project(x, *signals.output.unsqueeze(2).unbind(1))
-        return model.unembed(voxels, latents)
+            x = self._block(block, x, frame_signals, memory, windows, kernel)
+        return self._end(model, x, signals.output.unsqueeze(2).unbind(1), latents)
+
+
+def compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """`function` compiled for fixed shapes; compiled once for all modules that are built alike."""
+    return torch.compile(function, fullgraph=True, dynamic=False, mode="max-autotune-no-cudagraphs")
+
+
+def run_block(
+    block: Block,
+    x: Tensor,
+    signals: Sequence[Tensor],
+    text: TextMemory,
+    windows: WindowContext,
+    kernel: AttentionKernel,
+) -> Tensor:
+    """:meth:`Block.transform`, in which attention tries `kernel` first.
+
+    The choice is made in here because compiled code is bound to the kernel that it was traced with.
+    """
+    if kernel == "auto":
+        return block.transform(x, signals, text, windows)
+    with sdpa_kernel(PREFERENCES[kernel], set_priority=True):
+        return block.transform(x, signals, text, windows)
+
+
+def run_output(model: StreamDiT, x: Tensor, signals: Sequence[Tensor], latents: Tensor) -> Tensor:
+    """Velocity in the shape of `latents`, from tokens `x` and the output layer's signals."""
+    shift, scale = signals
+    return model.unembed(model.output.project(x, shift, scale), latents)
 
 
 class StepGraph:
@@ -194,18 +221,6 @@ class StepGraph:
         return graph
 
 
-@contextmanager
-def preferred_attention(kernel: AttentionKernel) -> Iterator[None]:
-    """Let scaled dot-product attention try `kernel` first; the others remain for masked calls."""
-    if kernel == "auto":
-        yield
-        return
-    flash, cudnn = SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION
-    first = [flash, cudnn] if kernel == "flash" else [cudnn, flash]
-    with sdpa_kernel([*first, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH], set_priority=True):
-        yield
-
-
 def check_supported(config: FastConfig, device: torch.device, dtype: torch.dtype) -> None:
     """Refuse what `device`, or weights in `dtype`, cannot do.
 
@@ -217,14 +232,10 @@ def check_supported(config: FastConfig, device: torch.device, dtype: torch.dtype
             "cuda_graph replays a step whose text memories stay in place; set text_memory: true, "
             "or cuda_graph: false"
         )
-    for switch, wanted in (
-        ("cuda_graph", config.cuda_graph),
-        (f"attention: {config.attention}", config.attention != "auto"),
-    ):
-        if wanted and device.type != "cuda":
-            raise UserError(
-                f"{switch} needs a CUDA device, but the stream runs on {device.type}; leave it out"
-            )
+    if config.cuda_graph and device.type != "cuda":
+        raise UserError(
+            f"cuda_graph needs a CUDA device, but the stream runs on {device.type}; leave it out"
+        )
     if config.float8 and device.type == "cuda":
         capability = torch.cuda.get_device_capability(device)
         if capability < FLOAT8_CAPABILITY:

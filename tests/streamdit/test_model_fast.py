@@ -196,7 +196,6 @@ def test_float8_blocks_share_the_other_weights_and_stay_within_the_stated_error(
     ("config", "message"),
     [
         ({"cuda_graph": True}, "cuda_graph needs a CUDA device, but the stream runs on cpu"),
-        ({"attention": "flash"}, "attention: flash needs a CUDA device"),
         ({"cuda_graph": True, "text_memory": False}, "set text_memory: true, or cuda_graph: false"),
     ],
 )
@@ -205,26 +204,39 @@ def test_what_the_device_cannot_do_is_refused(config, message):
         FastVelocity(model_for(), schedule(), SHAPE, config=FastConfig(**config))
 
 
+@pytest.mark.parametrize("kernel", ["flash", "cudnn"])
+def test_preferred_attention_kernel_changes_nothing_but_rounding(kernel):
+    model, levels = model_for(), schedule()
+    fast = FastVelocity(model, levels, SHAPE, config=FastConfig(attention=kernel))
+    text, latents = prompt(1, padded=True), torch.randn(1, 4, *SHAPE)
+    fast.set_text(text)
+    with torch.no_grad():
+        expected = model(latents, levels[4][None], text)
+    assert relative_error(fast(latents, 4), expected) < TOLERANCE
+
+
 @pytest.mark.slow
-def test_compiled_blocks_give_the_plain_velocity_and_are_compiled_twice_whatever_the_depth():
-    """Once for regular and once for shifted windows; a new prompt compiles nothing."""
+@pytest.mark.parametrize("kernel", ["auto", "cudnn"])
+def test_compiled_blocks_give_the_plain_velocity_and_are_compiled_twice_whatever_the_depth(kernel):
+    """Once for regular and once for shifted windows; new prompts and streams compile nothing."""
     from torch._dynamo.utils import counters
 
     torch._dynamo.reset()
     counters.clear()
     model, levels = model_for(), schedule()
-    fast = FastVelocity(
-        model, levels, SHAPE, config=FastConfig(compile=True), max_text_tokens=CAPACITY
-    )
-    for seed, lengths in enumerate(({"long": 7, "short": 2}, {"long": 2, "short": 1})):
-        text = prompt(seed, lengths=lengths)
-        fast.set_text(text)
-        for row in (0, 4, 5):
-            latents = torch.randn(1, 4, *SHAPE)
-            with torch.no_grad():
-                expected = model(latents, levels[row][None], text)
-            assert relative_error(fast(latents, row), expected) < TOLERANCE
-    assert counters["stats"]["unique_graphs"] == 2
+    config = FastConfig(compile=True, attention=kernel)
+    for _ in range(2):
+        fast = FastVelocity(model, levels, SHAPE, config=config, max_text_tokens=CAPACITY)
+        for seed, lengths in enumerate(({"long": 7, "short": 2}, {"long": 2, "short": 1})):
+            text = prompt(seed, lengths=lengths)
+            fast.set_text(text)
+            for row in (0, 4, 5):
+                latents = torch.randn(1, 4, *SHAPE)
+                with torch.no_grad():
+                    expected = model(latents, levels[row][None], text)
+                assert relative_error(fast(latents, row), expected) < TOLERANCE
+    # Beside the two kinds of block: the way in and the way out.
+    assert counters["stats"]["unique_graphs"] == 4
 
 
 GPU_SWITCHES = {
