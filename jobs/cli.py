@@ -41,6 +41,8 @@ COMMANDS = {
     "train": Entry("jobs.train", "Train a streaming text-to-video model.", "Train"),
     "rollouts": Entry("jobs.rollouts", "Keep a teacher's rollouts to distil from.", "Train"),
     "distill": Entry("jobs.distill", "Distil it to one evaluation per chunk.", "Train"),
+    "export": Entry("jobs.export", "Turn a checkpoint into a model to use.", "Train"),
+    "runs": Entry("jobs.runs", "List training runs and where they stand.", "Train"),
     "register": Entry("jobs.register", "Put a model into the MLflow registry.", "Use"),
     "generate": Entry("jobs.generate", "Stream video from a model to a file.", "Use"),
     "submit": Entry("jobs.submit", "Run one of these jobs on a Ray cluster.", "Cluster"),

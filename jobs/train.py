@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from omegaconf import OmegaConf
 
-from jobs.config import load_config
+from jobs.config import Layer, load_config, read_yaml
 from jobs.options import Address, ConfigFile, Dataset, Overrides, RunDirectory
 from streamdit.errors import UserError
+from streamdit.io import read_model_config
 from training.config import TrainConfig
 from training.job import TrainJob
 from training.objective import make_flow_matching
@@ -87,6 +89,7 @@ def command(
         preset=preset or "small",
         file=config,
         overrides=overrides or (),
+        more=_adapted(parent, config, overrides or ()),
     )
     model_directory = launch(training_job(settings, dataset, out, parent), address)
     say_once(f"model: {model_directory}")
@@ -104,11 +107,31 @@ def _named(arguments: Sequence[str]) -> dict[str, Path]:
     return named
 
 
+def _adapted(parent: Path | None, file: Path | None, overrides: Sequence[str]) -> list[Layer]:
+    """Where adapters are trained, the shape and the partitions of the model that they are for."""
+    asked = any(override.startswith("lora") for override in overrides)
+    if parent is None or not (asked or (file is not None and "lora" in read_yaml(file))):
+        return []
+    known = read_model_config(parent).model_dump(
+        mode="json", include={"model", "partition", "sampling"}
+    )
+    return [Layer(str(parent), OmegaConf.create(known))]
+
+
 def training_job(
     config: TrainConfig, dataset: Path, out: Path, parent: Path | None = None, name: str = "train"
 ) -> TrainJob:
-    """The job that `streamdit train` runs."""
+    """The job that `streamdit train` runs.
+
+    Raises:
+        UserError: if there is no data set, or no model for adapters to be trained on.
+    """
     check_dataset(dataset)
+    if config.lora is not None and parent is None:
+        raise UserError(
+            "lora trains adapters on a model, but none is given; name a model directory with "
+            "--from, or leave lora away"
+        )
     return TrainJob(
         config=config,
         model=config.model,

@@ -23,7 +23,7 @@ class Crash(Exception):
     """What a test makes a run die of."""
 
 
-def tiny_job(dataset, out, **changes):
+def tiny_job(dataset, out, parent=None, **changes):
     """A job on :func:`latent_dataset.write_dataset` that takes seconds."""
     out = Path(out)
     settings = train_settings(**{"tracking": {"directory": str(out / "mlflow")}} | changes)
@@ -36,6 +36,7 @@ def tiny_job(dataset, out, **changes):
         str(dataset),
         str(out),
         make_flow_matching,
+        parent=parent,
     )
 
 

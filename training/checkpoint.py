@@ -84,7 +84,9 @@ def save_checkpoint(
     world.barrier()
     # The second key lets DeepSpeed's own tools convert the state.
     client_state = {"step": facts.step, "universal_checkpoint_info": {}}
-    engine.save_checkpoint(str(folder), tag="deepspeed", client_state=client_state)
+    engine.save_checkpoint(
+        str(folder), tag="deepspeed", client_state=client_state, exclude_frozen_parameters=True
+    )
     save_average(folder, ema)
     world.barrier()
     files = _seal(folder, world)
@@ -175,7 +177,8 @@ def load_checkpoint(
                 f"remove {root} to begin again"
             )
         if (facts.world_size, facts.zero_stage) == (world.size, zero_stage):
-            engine.load_checkpoint(str(folder), tag="deepspeed")
+            # Frozen parameters are not saved: the model directory to start from has them.
+            engine.load_checkpoint(str(folder), tag="deepspeed", load_module_strict=False)
             path = average_file(folder, world.rank)
             ema.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
         else:

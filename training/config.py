@@ -42,6 +42,28 @@ class CheckpointConfig(StrictModel):
     """Checkpoints whose step is a multiple of this stay for good; 0 keeps none for good."""
 
 
+class AdapterConfig(StrictModel):
+    """Low-rank adapters: only they are trained, the model that they start from stays as it is."""
+
+    rank: int = Field(default=16, gt=0)
+    """Rank of the matrices that an adapter multiplies."""
+    alpha: float | None = Field(default=None, gt=0)
+    """An adapter's output is scaled by alpha / rank; default: the rank, for a scale of 1."""
+    targets: tuple[str, ...] = Field(
+        default=(
+            "attention.qkv",
+            "attention.output",
+            "text_attention.to_query",
+            "text_attention.to_key_value",
+            "text_attention.output",
+            "ffn.0",
+            "ffn.2",
+        ),
+        min_length=1,
+    )
+    """Linear layers of every block that get an adapter, by the end of their names."""
+
+
 class LaunchConfig(StrictModel):
     """How many worker processes Ray Train starts (torchrun and Slurm decide for themselves)."""
 
@@ -107,6 +129,8 @@ class RunConfig(StrictModel):
     skip_limit: int = Field(default=10, gt=0)
     """Steps in a row that may be skipped for a loss or gradient that is not finite; then the run
     stops."""
+    lora: AdapterConfig | None = None
+    """Train adapters on the model to start from instead of all its weights; default: all."""
     log_every: int = Field(default=10, gt=0)
     """Steps between log lines."""
     checkpoint: CheckpointConfig = CheckpointConfig()

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from training.partitions import master_partitions, publish_masters
 
@@ -70,19 +69,3 @@ class ExponentialMovingAverage:
             kept = weights.clone()
             weights.copy_(shard)
             shard.copy_(kept)
-
-
-def gather_float32(engine: Any) -> dict[str, Tensor]:
-    """Full float32 weights by name, gathered parameter by parameter; every rank takes part.
-
-    Returns:
-        The state dict on the CPU on rank 0, an empty dict on the others.
-    """
-    from deepspeed.utils import safe_get_full_fp32_param
-
-    weights = {}
-    for name, parameter in engine.module.named_parameters():
-        full = safe_get_full_fp32_param(parameter)
-        if engine.global_rank == 0:
-            weights[name] = full.detach().cpu().clone()
-    return weights

@@ -108,7 +108,7 @@ def build_engine(module: nn.Module, config: RunConfig, world: World) -> Any:
 
     logger.setLevel("ERROR")
     optimizer = torch.optim.AdamW(
-        module.parameters(),
+        [parameter for parameter in module.parameters() if parameter.requires_grad],
         lr=config.optimizer.learning_rate,
         betas=config.optimizer.betas,
         weight_decay=config.optimizer.weight_decay,

@@ -6,16 +6,20 @@ It knows DeepSpeed, checkpoints and logging, but neither flow matching nor disti
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 
 from streamdit.config import StreamDiTConfig
 from streamdit.errors import UserError
-from streamdit.io import load_model, save_model_directory
+from streamdit.io import load_model
 from streamdit.model import StreamDiT, build_dit
 from training.data import LatentDataset
-from training.ema import ExponentialMovingAverage, gather_float32
+from training.ema import ExponentialMovingAverage
 from training.engine import build_engine, join_world
+from training.export import export_adapter, export_checkpoint, write_record
 from training.job import TrainJob
+from training.lora import add_adapters
 from training.run import Run
 from training.stop import Interrupted, StopRequest
 
@@ -42,10 +46,12 @@ def train_loop(job: TrainJob) -> None:
     engine = build_engine(model.to(world.device), config, world)
     ema = ExponentialMovingAverage(engine, config.ema_decay)
     run = Run(job, world, engine, ema, objective, dataset)
+    if world.is_main:
+        write_record(job, dataset.manifest)
     try:
         with StopRequest(world) as stop:
             run.train(stop)
-        export(run, start_config)
+        export(run)
     except Interrupted:
         run.records.close("KILLED")
         raise
@@ -66,36 +72,25 @@ def _starting_model(job: TrainJob) -> tuple[StreamDiT, StreamDiTConfig | None]:
             f"{job.parent} holds a model of another shape than the configuration's `model`; use "
             "the configuration that it was trained with, or start without it"
         )
+    if job.config.lora is not None:
+        add_adapters(model, job.config.lora)
     return model, parent
 
 
-def export(run: Run, start_config: StreamDiTConfig | None) -> None:
-    """Write the averaged weights as a model directory and hand it to MLflow."""
-    job = run.job
-    if job.config.ema_decay:
-        with run.ema.swapped_in():
-            weights = gather_float32(run.engine)
-    else:
-        weights = gather_float32(run.engine)
+def export(run: Run) -> None:
+    """Write model directories of the last checkpoint and hand them to MLflow; the main rank does.
+
+    `model` has the averaged weights and comes last, since it says that the run is finished;
+    `model-raw` has those of the last step; `adapter` what a fine-tuning adds to its parent.
+    """
     if not run.world.is_main:
         return
-    manifest = run.dataset.manifest
-    lineage = {
-        "fingerprint": run.fingerprint,
-        "dataset_fingerprint": manifest.fingerprint,
-        "run_id": run.records.run_id,
-        "step": run.step,
-        "parent": start_config.weights_sha256 if start_config else None,
-    }
-    config = StreamDiTConfig(
-        model=job.model,
-        partition=job.partition,
-        sampling=job.sampling,
-        distilled=job.distilled,
-        autoencoder=manifest.autoencoder,
-        text_encoders=manifest.text_encoders,
-        fps=manifest.buckets[0].fps,
-        lineage=lineage,
-    )
-    save_model_directory(job.model_directory, config, weights, job.dataset)
+    job, out = run.job, Path(run.job.out)
+    if job.config.lora is not None:
+        export_adapter(out, out / "adapter")
+        run.records.artifact(out / "adapter", "adapter")
+    if job.config.ema_decay:
+        export_checkpoint(out, out / "model-raw", run.step, "raw")
+    export_checkpoint(out, job.model_directory, run.step)
     run.records.artifact(job.model_directory, "model")
+    run.records.tag("model", str(job.model_directory))

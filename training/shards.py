@@ -88,6 +88,11 @@ class SavedShards:
         shape = torch.Size(self.shapes[name])
         return self.read(kind, name, 0, shape.numel()).reshape(shape)
 
+    def close(self) -> None:
+        """Let go of the mapped files."""
+        self._averages.cache_clear()
+        self._states.cache_clear()
+
     def _flat(self, rank: int, kind: Kind, group: int) -> Tensor:
         if kind == "average":
             shard: Tensor = self._averages(rank)["shards"][group]
