@@ -144,7 +144,7 @@ print(1024 * (kilobytes("VmHWM") - before))
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("stage", [1, 3])
 def test_export_needs_memory_for_two_copies_of_the_weights(stage, dataset, tmp_path):
-    model = train_settings()["model"] | {"width": 768, "depth": 8, "heads": 8, "ffn_width": 3072}
+    model = train_settings()["model"] | {"width": 512, "depth": 6, "heads": 8, "ffn_width": 2048}
     train(
         dataset,
         tmp_path / "run",
@@ -162,7 +162,7 @@ def test_export_needs_memory_for_two_copies_of_the_weights(stage, dataset, tmp_p
         check=True,
     )
     size = (tmp_path / "out" / "model.safetensors").stat().st_size
-    assert size > 300e6
+    assert size > 100e6
     assert float(result.stdout.splitlines()[-1]) < 2 * size + 20e6
 
 
