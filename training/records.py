@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,9 @@ from typing import Any
 from training.job import TrainJob
 from training.metrics import MetricsFile
 from training.tracking import Tracker
+
+RUN_FILE = "mlflow-run.json"
+OUTBOX = "mlflow-outbox.jsonl"
 
 
 class Records:
@@ -40,8 +44,11 @@ class Records:
                 "fingerprint": job.fingerprint(),
                 **job.tags,
             },
-            run_id=run_id,
+            run_id=run_id or _known_run(job),
+            outbox=Path(job.out) / OUTBOX,
         )
+        known = {"run_id": self._tracker.run_id, "fingerprint": job.fingerprint()}
+        (Path(job.out) / RUN_FILE).write_text(json.dumps(known) + "\n")
 
     @property
     def run_id(self) -> str | None:
@@ -70,6 +77,13 @@ class Records:
             self._metrics.close()
         if self._tracker is not None:
             self._tracker.finish(status)
+
+
+def _known_run(job: TrainJob) -> str | None:
+    """MLflow run of this very job, begun before its first checkpoint."""
+    path = Path(job.out) / RUN_FILE
+    known = json.loads(path.read_text()) if path.is_file() else {}
+    return known.get("run_id") if known.get("fingerprint") == job.fingerprint() else None
 
 
 def _parameters(job: TrainJob) -> dict[str, Any]:

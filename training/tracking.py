@@ -6,16 +6,19 @@ import logging
 import os
 import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from streamdit.errors import UserError
 from training.config import TrackingConfig
+from training.outbox import Call, Outbox, Unreachable
 
 logger = logging.getLogger(__name__)
 
-RETRY_AFTER_S = 30.0
+MOST_PARAMS = 100
+MOST_METRICS = 1000
+"""What MLflow takes in one request."""
 
 
 def tracking_uri(config: TrackingConfig) -> str:
@@ -43,13 +46,24 @@ def pinned(config: TrackingConfig) -> TrackingConfig:
     return config.model_copy(update={"uri": tracking_uri(config), "directory": directory})
 
 
+def make_client(config: TrackingConfig) -> Any:
+    """MLflow client of a store; that the store answers is not tried."""
+    from mlflow import MlflowClient
+
+    # The first failed request tells; what is not sent is kept and tried again.
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+    logging.getLogger("mlflow").setLevel(logging.WARNING)
+    return MlflowClient(tracking_uri=tracking_uri(config))
+
+
 def connect(config: TrackingConfig) -> tuple[Any, str]:
     """MLflow client and experiment id; makes the embedded store and the experiment if need be.
 
     Raises:
         UserError: if the store cannot be reached.
     """
-    from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
 
     uri = tracking_uri(config)
@@ -59,13 +73,8 @@ def connect(config: TrackingConfig) -> tuple[Any, str]:
         folder.mkdir(parents=True, exist_ok=True)
         # Without it a SQLite store puts artifacts into ./mlruns of the current directory.
         location = (folder / "artifacts").as_uri()
-    # The first failed request tells; the tracker itself retries later.
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
-    logging.getLogger("alembic").setLevel(logging.WARNING)
-    logging.getLogger("mlflow").setLevel(logging.WARNING)
     try:
-        client = MlflowClient(tracking_uri=uri)
+        client = make_client(config)
         experiment = client.get_experiment_by_name(config.experiment)
         if experiment is not None:
             return client, experiment.experiment_id
@@ -99,13 +108,18 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 
 
 class Tracker:
-    """One MLflow run. Calls that fail are kept and tried again; the run goes on meanwhile."""
+    """One MLflow run. It is written by a thread of its own, so the caller never waits for it.
 
-    def __init__(self, client: Any, run_id: str) -> None:
+    Args:
+        client: MLflow client.
+        run_id: the run.
+        outbox: file for what cannot be sent while the server is away; None keeps it in memory.
+    """
+
+    def __init__(self, client: Any, run_id: str, outbox: Path | None = None) -> None:
         self.client = client
         self.run_id = run_id
-        self._pending: list[Callable[[], Any]] = []
-        self._retry_at = 0.0
+        self._outbox = Outbox(self._send, outbox)
 
     @classmethod
     def start(
@@ -115,6 +129,7 @@ class Tracker:
         params: Mapping[str, Any] | None = None,
         tags: Mapping[str, str] | None = None,
         run_id: str | None = None,
+        outbox: Path | None = None,
     ) -> Tracker:
         """Open a run, or continue the run `run_id` after a resume.
 
@@ -123,87 +138,112 @@ class Tracker:
             run_name: name that people see.
             params: nested parameters; written as dotted names.
             tags: further tags; the git revision is added.
-            run_id: run to continue.
-        """
-        from mlflow.entities import Param
+            run_id: run to continue; the store need not be reachable then.
+            outbox: file for what cannot be sent while the store is away.
 
+        Raises:
+            UserError: if there is no run yet and the store cannot be reached.
+        """
+        if run_id is not None:
+            client = make_client(config)
+            if not _is_gone(client, run_id):
+                tracker = cls(client, run_id, outbox)
+                tracker._outbox.put({"kind": "status", "status": "RUNNING"})
+                return tracker
         client, experiment_id = connect(config)
-        if run_id is not None and cls._exists(client, run_id):
-            client.update_run(run_id, status="RUNNING")
-            return cls(client, run_id)
         all_tags = {"mlflow.runName": run_name, **(tags or {})}
         revision = git_revision()
         if revision:
             all_tags["mlflow.source.git.commit"] = revision
         run = client.create_run(experiment_id, run_name=run_name, tags=all_tags)
-        tracker = cls(client, run.info.run_id)
+        tracker = cls(client, run.info.run_id, outbox)
         flat = list(flatten(params or {}).items())
-        for start in range(0, len(flat), 100):
-            batch = [Param(key, value) for key, value in flat[start : start + 100]]
-            tracker.send_params(batch)
+        for start in range(0, len(flat), MOST_PARAMS):
+            tracker._outbox.put({"kind": "params", "values": flat[start : start + MOST_PARAMS]})
         return tracker
-
-    @staticmethod
-    def _exists(client: Any, run_id: str) -> bool:
-        from mlflow.exceptions import MlflowException
-
-        try:
-            return bool(client.get_run(run_id).info.lifecycle_stage == "active")
-        except MlflowException:
-            return False
-
-    def send_params(self, params: list[Any]) -> None:
-        """Record parameters."""
-        self._send(lambda: self.client.log_batch(self.run_id, params=params))
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Log numbers of a step."""
-        from mlflow.entities import Metric
-
         now = int(time.time() * 1000)
-        values = [Metric(name, float(value), now, step) for name, value in metrics.items()]
-        self._send(lambda: self.client.log_batch(self.run_id, metrics=values))
+        values = [[name, float(value), now, step] for name, value in metrics.items()]
+        self._outbox.put({"kind": "metrics", "values": values})
 
     def tag(self, key: str, value: str) -> None:
         """Set a tag of the run."""
-        self._send(lambda: self.client.set_tag(self.run_id, key, value))
+        self._outbox.put({"kind": "tag", "key": key, "value": value})
 
     def artifact(self, path: Path | str, folder: str | None = None) -> None:
         """Copy a file or a folder into the run's artifacts."""
-        path = Path(path)
-        upload = self.client.log_artifacts if path.is_dir() else self.client.log_artifact
-        self._send(lambda: upload(self.run_id, str(path), folder))
+        self._outbox.put({"kind": "artifact", "path": str(path), "folder": folder})
 
     def finish(self, status: str = "FINISHED") -> None:
         """Close the run, after a last attempt at what is still unsent."""
-        self._retry_at = 0.0
-        self._send(lambda: self.client.set_terminated(self.run_id, status=status))
-        if self._pending:
-            logger.warning("MLflow run %s: %d calls were lost", self.run_id, len(self._pending))
+        self._outbox.put({"kind": "status", "status": status})
+        left = self._outbox.close()
+        if left:
+            logger.warning("MLflow run %s: %d records could not be sent", self.run_id, left)
 
-    def _send(self, call: Callable[[], Any]) -> None:
+    def leave(self) -> None:
+        """Stop writing without closing the run, which others still write to."""
+        self._outbox.close()
+
+    def _send(self, calls: list[Call]) -> int:
+        """Write the oldest calls: one, or as many metrics in a row as one request takes."""
         from mlflow.exceptions import MlflowException
         from requests import RequestException
 
-        self._pending.append(call)
-        if time.monotonic() < self._retry_at:
-            return
-        while self._pending:
-            try:
-                self._pending[0]()
-            except (MlflowException, RequestException, OSError) as error:
-                if _is_permanent(error):
-                    logger.warning("MLflow refuses a call, which is dropped: %s", error)
-                    self._pending.pop(0)
-                    continue
-                self._retry_at = time.monotonic() + RETRY_AFTER_S
-                logger.warning(
-                    "MLflow cannot be reached (%s); %d calls wait and training goes on",
-                    str(error).splitlines()[0],
-                    len(self._pending),
-                )
-                return
-            self._pending.pop(0)
+        together = 1
+        if calls[0]["kind"] == "metrics":
+            together = _metrics_in_a_row(calls)
+        try:
+            self._write(calls[:together])
+        except (MlflowException, RequestException, OSError) as error:
+            if not _is_permanent(error):
+                reason = str(error).splitlines()[0]
+                raise Unreachable(f"MLflow cannot be reached ({reason})") from None
+            logger.warning("MLflow refuses a record, which is dropped: %s", error)
+        return together
+
+    def _write(self, calls: list[Call]) -> None:
+        from mlflow.entities import Metric, Param
+
+        call = calls[0]
+        if call["kind"] == "metrics":
+            values = [Metric(*value) for one in calls for value in one["values"]]
+            self.client.log_batch(self.run_id, metrics=values)
+        elif call["kind"] == "params":
+            self.client.log_batch(self.run_id, params=[Param(*pair) for pair in call["values"]])
+        elif call["kind"] == "tag":
+            self.client.set_tag(self.run_id, call["key"], call["value"])
+        elif call["kind"] == "status" and call["status"] == "RUNNING":
+            self.client.update_run(self.run_id, status="RUNNING")
+        elif call["kind"] == "status":
+            self.client.set_terminated(self.run_id, status=call["status"])
+        else:
+            path = Path(call["path"])
+            upload = self.client.log_artifacts if path.is_dir() else self.client.log_artifact
+            upload(self.run_id, str(path), call["folder"])
+
+
+def _metrics_in_a_row(calls: list[Call]) -> int:
+    """How many calls from the first on are metrics that fit into one request."""
+    count = size = 0
+    for call in calls:
+        size += len(call.get("values", ()))
+        if call["kind"] != "metrics" or (count and size > MOST_METRICS):
+            break
+        count += 1
+    return count
+
+
+def _is_gone(client: Any, run_id: str) -> bool:
+    """Whether the store says that there is no such run (any more)."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return bool(client.get_run(run_id).info.lifecycle_stage != "active")
+    except MlflowException as error:
+        return error.error_code == "RESOURCE_DOES_NOT_EXIST"
 
 
 def _is_permanent(error: Exception) -> bool:
