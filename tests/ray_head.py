@@ -24,9 +24,9 @@ def free_ports(count: int) -> list[int]:
 
 
 @contextmanager
-def ray_head(folder: Path, cpus: int = 2, **environment: str) -> Iterator[str]:
+def ray_head(folder: Path, cpus: int = 2, agent_port: int | None = None) -> Iterator[str]:
     """A head of its own, whatever else runs here; yields the job server's address."""
-    gcs, dashboard, client = free_ports(3)
+    gcs, dashboard, client, agent = free_ports(4)
     log = (folder / "head.log").open("w")
     # A short path: Ray's sockets lie below it, and their names have an end.
     temporary = Path("/tmp") / f"streamdit-ray-{dashboard}"
@@ -36,11 +36,12 @@ def ray_head(folder: Path, cpus: int = 2, **environment: str) -> Iterator[str]:
             *("--node-ip-address", "127.0.0.1", "--port", str(gcs)),
             *("--dashboard-host", "127.0.0.1", "--dashboard-port", str(dashboard)),
             *("--ray-client-server-port", str(client), "--num-cpus", str(cpus)),
+            *("--dashboard-agent-listen-port", str(agent_port or agent)),
             *("--object-store-memory", "200000000", "--temp-dir", str(temporary)),
         ],
         stdout=log,
         stderr=subprocess.STDOUT,
-        env={**os.environ, "RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": "1", **environment},
+        env={**os.environ, "RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": "1"},
         start_new_session=True,
     )
     address = f"http://127.0.0.1:{dashboard}"

@@ -17,8 +17,9 @@ from pathlib import Path
 import pytest
 import yaml
 from latent_dataset import tiny_autoencoder, write_dataset
+from mlflow_server import S3_KEYS, s3_client, simulated_s3
 from model_directory import write_model_directory
-from ray_head import free_ports, ray_head
+from ray_head import ray_head
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -166,7 +167,7 @@ def prepare(name, work, stack, environment):
     elif name in ("teacher", "student"):
         write_model_directory(work / "runs" / name)
     elif name == "s3":
-        environment |= simulated_s3(work, stack)
+        environment |= store_with_videos(work, stack)
     elif name == "shared":
         environment["SHARED"] = str(shared_storage(work))
     elif name == "cluster":
@@ -189,32 +190,12 @@ def shared_storage(work):
     return shared
 
 
-def simulated_s3(work, stack):
-    """A real HTTP server that behaves like S3 and holds the videos; how to find it."""
-    import boto3
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=free_ports(1)[0], verbose=False)
-    server.start()
-    stack.callback(server.stop)
-    host, port = server.get_host_and_port()
-    environment = {
-        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
-        "AWS_ACCESS_KEY_ID": "test",
-        "AWS_SECRET_ACCESS_KEY": "test",
-        "AWS_DEFAULT_REGION": "us-east-1",
-    }
-    client = boto3.client(
-        "s3",
-        endpoint_url=environment["AWS_ENDPOINT_URL"],
-        aws_access_key_id="test",
-        aws_secret_access_key="test",
-        region_name="us-east-1",
-    )
-    client.create_bucket(Bucket="raw-videos")
+def store_with_videos(work, stack):
+    """A store that behaves like S3, with the videos in it; the environment that finds it."""
+    address = stack.enter_context(simulated_s3("raw-videos"))
     for path in (work / "my_videos").iterdir():
-        client.upload_file(str(path), "raw-videos", f"2026/{path.name}")
-    return environment
+        s3_client(address).upload_file(str(path), "raw-videos", f"2026/{path.name}")
+    return {"AWS_ENDPOINT_URL_S3": address, **S3_KEYS}
 
 
 @pytest.mark.slow

@@ -1,28 +1,40 @@
-"""The KubeRay manifests against KubeRay's own resource definitions, and against each other."""
+"""The KubeRay manifests against KubeRay's and Kubernetes' definitions, and against the project."""
 
 import os
 import re
 import shlex
+import socket
+import time
+import urllib.request
 from pathlib import Path
 
 import jsonschema
+import kubernetes_validate
 import pytest
 import yaml
+from ray_head import free_ports, ray_head
 
+from distillation.config import DistillConfig
+from jobs.cli import COMMANDS, build_command
 from jobs.config import load_config
+from jobs.options import split_overrides
+from pipeline.config import IngestConfig
 from training.config import TrainConfig
 
-FOLDER = Path(__file__).parents[2] / "infra" / "kuberay"
-MANIFESTS = {"RayCluster": FOLDER / "raycluster.yaml", "RayJob": FOLDER / "rayjob-train.yaml"}
+ROOT = Path(__file__).parents[2]
+FOLDER = ROOT / "infra" / "kuberay"
+CLUSTER = FOLDER / "raycluster.yaml"
+JOBS = {path.stem.removeprefix("rayjob-"): path for path in sorted(FOLDER.glob("rayjob-*.yaml"))}
 DEFINITIONS = {"RayCluster": "ray.io_rayclusters.yaml", "RayJob": "ray.io_rayjobs.yaml"}
+SCHEMAS = {"ingest": IngestConfig, "train": TrainConfig, "distill": DistillConfig}
 
 
 def documents(path):
     return list(yaml.load_all(path.read_text(), yaml.CSafeLoader))
 
 
-def resource(kind):
-    return next(d for d in documents(MANIFESTS[kind]) if d["kind"] == kind)
+def cluster():
+    return next(d for d in documents(CLUSTER) if d["kind"] == "RayCluster")
 
 
 def forbid_unknown(schema):
@@ -55,24 +67,48 @@ def validator_for():
     return validator
 
 
-@pytest.mark.parametrize("kind", MANIFESTS)
-def test_manifest_fits_the_resource_definition(kind, validator_for):
-    errors = [e.message for e in validator_for(kind).iter_errors(resource(kind))]
-    assert errors == []
+@pytest.mark.parametrize("path", [CLUSTER, *JOBS.values()], ids=lambda path: path.stem)
+def test_manifest_fits_the_resource_definition(path, validator_for):
+    checked = 0
+    for document in documents(path):
+        if document["kind"] in DEFINITIONS:
+            errors = [e.message for e in validator_for(document["kind"]).iter_errors(document)]
+            assert errors == []
+            checked += 1
+    assert checked == 1
 
 
 def test_misspelt_key_and_wrong_type_are_noticed(validator_for):
-    cluster = resource("RayCluster")
-    cluster["spec"]["workerGroupSpecs"][0]["maxReplica"] = 3
-    cluster["spec"]["headGroupSpec"]["template"]["spec"]["containers"][0]["image"] = 5
-    messages = " ".join(e.message for e in validator_for("RayCluster").iter_errors(cluster))
+    manifest = cluster()
+    manifest["spec"]["workerGroupSpecs"][0]["maxReplica"] = 3
+    manifest["spec"]["headGroupSpec"]["template"]["spec"]["containers"][0]["image"] = 5
+    messages = " ".join(e.message for e in validator_for("RayCluster").iter_errors(manifest))
     assert "maxReplica" in messages
     assert "5 is not of type 'string'" in messages
 
 
 def pod_specs():
-    spec = resource("RayCluster")["spec"]
+    spec = cluster()["spec"]
     return [g["template"]["spec"] for g in (spec["headGroupSpec"], *spec["workerGroupSpecs"])]
+
+
+def check_kubernetes(document):
+    kubernetes_validate.validate(document, "1.34", strict=True)
+
+
+def test_pods_and_volume_fit_kubernetes_own_schema():
+    for document in documents(CLUSTER):
+        if document["kind"] != "RayCluster":
+            check_kubernetes(document)
+    for spec in pod_specs():
+        check_kubernetes(
+            {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "pod"}, "spec": spec}
+        )
+    broken = pod_specs()[0] | {"nodeSelecter": {}}
+    with pytest.raises(kubernetes_validate.ValidationError, match="nodeSelecter"):
+        check_kubernetes(
+            {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "pod"}, "spec": broken}
+        )
 
 
 def test_no_pod_runs_as_root_or_may_become_it():
@@ -82,12 +118,20 @@ def test_no_pod_runs_as_root_or_may_become_it():
         for container in pod["containers"]:
             assert container["securityContext"]["allowPrivilegeEscalation"] is False
             assert container["securityContext"]["capabilities"]["drop"] == ["ALL"]
+    for worker in pod_specs()[1:]:
+        assert worker["automountServiceAccountToken"] is False
+
+
+def test_pods_run_as_the_user_of_the_image():
+    dockerfile = (ROOT / "infra" / "image" / "Dockerfile").read_text()
+    user, group = re.search(r"^USER (\d+):(\d+)$", dockerfile, re.MULTILINE).groups()
+    for pod in pod_specs():
+        context = pod["securityContext"]
+        assert (context["runAsUser"], context["runAsGroup"]) == (int(user), int(group))
 
 
 def test_every_pod_mounts_the_claimed_shared_volume():
-    claim = next(
-        d for d in documents(MANIFESTS["RayCluster"]) if d["kind"] == "PersistentVolumeClaim"
-    )
+    claim = next(d for d in documents(CLUSTER) if d["kind"] == "PersistentVolumeClaim")
     assert claim["spec"]["accessModes"] == ["ReadWriteMany"]
     for pod in pod_specs():
         volumes = {volume["name"]: volume for volume in pod["volumes"]}
@@ -102,7 +146,7 @@ def test_every_pod_mounts_the_claimed_shared_volume():
 def pools():
     """Per worker group: the group, and the CPUs and GPUs of its nodes that are always up."""
     found = {}
-    for group in resource("RayCluster")["spec"]["workerGroupSpecs"]:
+    for group in cluster()["spec"]["workerGroupSpecs"]:
         limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
         nodes = group["minReplicas"]
         gpus = nodes * int(limits.get("nvidia.com/gpu", 0))
@@ -110,33 +154,76 @@ def pools():
     return found
 
 
-def test_pools_scale_up_and_only_training_holds_gpus():
-    assert resource("RayCluster")["spec"]["enableInTreeAutoscaling"] is True
-    for group, _, gpus in pools().values():
+def test_pools_scale_up_and_only_those_that_need_gpus_hold_them():
+    assert cluster()["spec"]["enableInTreeAutoscaling"] is True
+    assert set(pools()) == {"cpu-ingest", "gpu-encode", "gpu-train"}
+    for name, (group, _, gpus) in pools().items():
         assert 0 < group["minReplicas"] <= group["replicas"] < group["maxReplicas"]
-        assert (gpus > 0) == (group["groupName"] == "gpu-train")
+        assert (gpus > 0) == name.startswith("gpu-")
 
 
 def test_ray_version_is_the_one_that_is_tested():
-    constraints = (FOLDER.parents[1] / "constraints.txt").read_text()
+    constraints = (ROOT / "constraints.txt").read_text()
     tested = re.search(r"^ray==(.+)$", constraints, re.MULTILINE).group(1)
-    assert resource("RayCluster")["spec"]["rayVersion"] == tested
+    assert cluster()["spec"]["rayVersion"] == tested
 
 
-def test_training_job_runs_on_that_cluster_with_settings_that_exist():
-    job, cluster = resource("RayJob"), resource("RayCluster")
-    assert job["spec"]["clusterSelector"] == {"ray.io/cluster": cluster["metadata"]["name"]}
+def entrypoint(name):
+    """Parsed command line of a job: what the command would be called with."""
+    job = documents(JOBS[name])[0]
+    assert job["spec"]["clusterSelector"] == {"ray.io/cluster": cluster()["metadata"]["name"]}
     words = shlex.split(job["spec"]["entrypoint"])
-    assert words[:3] == ["python", "-m", "jobs.train"]
-    config = load_config(
-        TrainConfig,
-        stage="train",
-        preset=words[words.index("--preset") + 1],
-        overrides=[word for word in words if "=" in word],
-    )
+    assert words[:3] == ["python", "-m", f"jobs.{name}"]
+    module = __import__(COMMANDS[name].module, fromlist=["command"])
+    return build_command(module.command, name).make_context(name, words[3:]).params
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_job_has_options_that_exist_and_keeps_everything_on_the_shared_volume(name):
+    params = entrypoint(name)
+    for value in params.values():
+        if isinstance(value, Path):
+            assert value.is_relative_to("/mnt/streamdit")
+
+
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_job_has_settings_that_exist_and_fit_the_pools(name):
+    params = entrypoint(name)
+    given = params.get("overrides") or split_overrides(params.get("arguments") or [])[1]
+    config = load_config(SCHEMAS[name], stage=name, preset=params["preset"], overrides=given)
+    if name == "ingest":
+        _, _, gpus = pools()["gpu-encode"]
+        assert 0 < config.encode.autoencoder_gpus <= gpus
+        return
     workers = config.launch.workers
     assert config.launch.use_gpu
     config.accumulation(workers)
     _, cpus, gpus = pools()["gpu-train"]
     assert workers <= gpus
     assert workers * config.launch.cpus_per_worker <= cpus
+
+
+def test_each_job_reads_what_the_one_before_it_writes():
+    train, distill = entrypoint("train"), entrypoint("distill")
+    assert str(train["dataset"]) == str(entrypoint("ingest")["out"]) == str(distill["dataset"])
+    assert distill["teacher"] == train["out"] / "model"
+    assert entrypoint("register")["model"] == distill["out"] / "model"
+
+
+@pytest.mark.slow
+def test_health_checks_ask_for_a_page_that_ray_serves(tmp_path):
+    probe = pod_specs()[1]["containers"][0]["readinessProbe"]["httpGet"]
+    for pod in pod_specs():
+        for container in pod["containers"]:
+            assert container["readinessProbe"]["httpGet"] == probe
+            assert container["livenessProbe"]["httpGet"] == probe
+    port = free_ports(1)[0]
+    with ray_head(tmp_path, agent_port=port):
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            with socket.socket() as s:
+                if s.connect_ex(("127.0.0.1", port)) == 0:
+                    break
+            time.sleep(0.5)
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}{probe['path']}") as answer:
+            assert answer.status == 200

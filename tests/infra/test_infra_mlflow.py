@@ -1,5 +1,6 @@
 """The MLflow server's compose file: schema, secrets, and options that the server takes."""
 
+import importlib
 import re
 import subprocess
 import sys
@@ -85,6 +86,9 @@ def test_mlflow_knows_the_options(monkeypatch):
     assert {word.partition("=")[0] for word in words[2:]} <= known
     variables = {name for parameter in server.params if (name := parameter.envvar)}
     assert "MLFLOW_BACKEND_STORE_URI" in variables
+    # SQLAlchemy's default driver changes between its versions; the installed one is named.
+    store = services()["server"]["environment"]["MLFLOW_BACKEND_STORE_URI"]
+    importlib.import_module(re.match(r"postgresql\+(\w+)://", store).group(1))
 
 
 @pytest.mark.parametrize("taken", [[], ["mlflow"]])
