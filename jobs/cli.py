@@ -45,6 +45,7 @@ COMMANDS = {
     "runs": Entry("jobs.runs", "List training runs and where they stand.", "Train"),
     "register": Entry("jobs.register", "Put a model into the MLflow registry.", "Use"),
     "generate": Entry("jobs.generate", "Stream video from a model to a file.", "Use"),
+    "plan": Entry("jobs.plan", "Show what a training project of some size needs.", "Cluster"),
     "submit": Entry("jobs.submit", "Run one of these jobs on a Ray cluster.", "Cluster"),
     "jobs": Entry("jobs.ray_jobs", "List, follow and stop jobs on a cluster.", "Cluster"),
     "describe": Entry("jobs.describe", "Show the size and cost of a model.", "Use"),
