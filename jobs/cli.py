@@ -44,6 +44,7 @@ COMMANDS = {
     "export": Entry("jobs.export", "Turn a checkpoint into a model to use.", "Train"),
     "runs": Entry("jobs.runs", "List training runs and where they stand.", "Train"),
     "register": Entry("jobs.register", "Put a model into the MLflow registry.", "Use"),
+    "models": Entry("jobs.models", "List the registered models.", "Use"),
     "generate": Entry("jobs.generate", "Stream video from a model to a file.", "Use"),
     "plan": Entry("jobs.plan", "Show what a training project of some size needs.", "Cluster"),
     "submit": Entry("jobs.submit", "Run one of these jobs on a Ray cluster.", "Cluster"),

@@ -51,6 +51,22 @@ Address = Annotated[
 """`--address ADDRESS`."""
 
 
+TrackingUri = Annotated[
+    str | None,
+    typer.Option(
+        "--tracking-uri",
+        metavar="URI",
+        help="MLflow server; default: MLFLOW_TRACKING_URI, else the embedded store.",
+    ),
+]
+"""`--tracking-uri URI`."""
+
+TrackingDirectory = Annotated[
+    Path, typer.Option("--tracking-dir", metavar="DIR", help="Folder of the embedded store.")
+]
+"""`--tracking-dir DIR`; the command gives the default."""
+
+
 def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     """Part `inputs` from `key=value` overrides where a command takes both.
 

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import json
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from jobs.console import say
+from jobs.console import progress, say
+from jobs.options import TrackingDirectory, TrackingUri
+from streamdit.errors import UserError
 from training.config import TrackingConfig
+from training.registry import Promotion, Sample, register
+
+SAMPLE_PROMPT = "a boat on a lake"
 
 
 def command(
@@ -20,28 +28,102 @@ def command(
     alias: Annotated[
         str | None, typer.Option("--alias", help="Alias that will point to the new version.")
     ] = None,
-    tracking_uri: Annotated[
+    score: Annotated[
+        list[str] | None,
+        typer.Option("--score", metavar="NAME=VALUE", help="A score to record; repeat for more."),
+    ] = None,
+    scores: Annotated[
+        Path | None,
+        typer.Option("--scores", metavar="FILE.json", help="Scores as a JSON object of numbers."),
+    ] = None,
+    if_better: Annotated[
         str | None,
         typer.Option(
-            "--tracking-uri",
-            metavar="URI",
-            help="MLflow server; default: MLFLOW_TRACKING_URI, else the embedded store.",
+            "--if-better",
+            metavar="METRIC",
+            help="Move the alias only if this score is higher than that of the version that has "
+            "the alias.",
         ),
     ] = None,
-    tracking_directory: Annotated[
-        Path, typer.Option("--tracking-dir", metavar="DIR", help="Folder of the embedded store.")
-    ] = Path("runs/mlflow"),
+    lower_is_better: Annotated[
+        bool, typer.Option("--lower-is-better", help="For --if-better: a lower score wins.")
+    ] = False,
+    prompt: Annotated[
+        str, typer.Option("--prompt", help="Prompt of the sample video and input example.")
+    ] = SAMPLE_PROMPT,
+    sample_frames: Annotated[
+        int, typer.Option("--sample-frames", min=0, help="Frames of the sample video; 0: none.")
+    ] = 64,
+    tracking_uri: TrackingUri = None,
+    tracking_directory: TrackingDirectory = Path("runs/mlflow"),
 ) -> None:
-    """Put a model into the MLflow registry, so that anyone can load it by name and alias."""
-    from training.registry import register
+    """Put a model into the MLflow registry, so that anyone can load it by name and alias.
 
+    The version carries its scheme, ancestry and scores as tags, and a model card with a sample
+    video, which the model makes now.
+    """
+    if lower_is_better and if_better is None:
+        raise UserError("--lower-is-better says how to compare; add --if-better METRIC")
+    if if_better is not None and alias is None:
+        raise UserError("--if-better decides whether an alias moves; add --alias ALIAS")
+    promotion = Promotion(if_better, lower_is_better) if if_better is not None else None
     tracking = TrackingConfig(uri=tracking_uri, directory=str(tracking_directory))
-    registered = register(model, name, alias, tracking)
+    with tempfile.TemporaryDirectory() as folder:
+        sample = make_sample(model, prompt, sample_frames, Path(folder)) if sample_frames else None
+        registered = register(
+            model, name, alias, tracking, read_scores(score or (), scores), sample, promotion
+        )
     say(f"registered {registered.name} version {registered.version} in {registered.tracking_uri}")
+    if alias is not None:
+        verb = "points to" if registered.alias else "does not move to"
+        reason = f" ({registered.note})" if registered.note else ""
+        say(f"alias {alias} {verb} version {registered.version}{reason}")
     say(
         f"next: MLFLOW_TRACKING_URI={registered.tracking_uri} streamdit generate "
         f'{registered.uri} --prompt "..." --out video.mp4'
     )
+
+
+def read_scores(pairs: Sequence[str], file: Path | None) -> dict[str, float]:
+    """Scores of `NAME=VALUE` pairs over those of a JSON file.
+
+    Raises:
+        UserError: for what is neither.
+    """
+    values: dict[str, float] = {}
+    if file is not None:
+        try:
+            values = {key: float(value) for key, value in json.loads(file.read_text()).items()}
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            raise UserError(
+                f"scores {file} cannot be read ({error}); give a JSON object of numbers, as "
+                '{"colour": 0.98}'
+            ) from None
+    for pair in pairs:
+        key, _, text = pair.partition("=")
+        try:
+            values[key] = float(text)
+        except ValueError:
+            raise UserError(f"--score {pair!r} is not NAME=VALUE, as in colour=0.98") from None
+    return values
+
+
+def make_sample(model: Path, prompt: str, frames: int, folder: Path) -> Sample:
+    """A video of the model, in `folder`."""
+    import numpy as np
+
+    import streamdit
+    from evaluation.sheets import write_video
+    from jobs.generate import PromptChange, stream_frames
+
+    loaded = streamdit.load(model)
+    chunks: list[np.ndarray] = []
+    with progress("sample", unit="frames") as shown:
+        for chunk in stream_frames(loaded, [PromptChange(0, prompt)], frames, seed=0):
+            chunks.append(chunk.frames)
+            shown(min(frames, sum(map(len, chunks))), frames, {})
+    video = np.concatenate(chunks)[:frames]
+    return Sample(prompt, write_video(folder / "sample.mp4", video, loaded.config.fps))
 
 
 if __name__ == "__main__":

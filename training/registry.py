@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,21 +12,42 @@ from typing import Any
 from streamdit import __version__
 from streamdit.config import StreamDiTConfig
 from streamdit.errors import UserError
-from streamdit.io import load_weights, read_model_config
+from streamdit.io import (
+    AUTOENCODER_FOLDER,
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    load_weights,
+    read_model_config,
+    refuse_pickles,
+)
 from streamdit.partition import PartitionScheme
 from training.config import TrackingConfig
+from training.model_card import CARD_FILE, SAMPLE_FILE, model_card
 from training.tracking import connect, git_revision, use_store
+
+SCORE_TAG = "score."
+"""What tags with scores begin with."""
 
 
 @dataclass(frozen=True)
 class RegisteredVersion:
-    """A version of a registered model."""
+    """A version of a registered model.
+
+    Attributes:
+        name: registered model.
+        version: its number.
+        alias: alias by which it was found or registered, if it has it.
+        tracking_uri: store that holds it.
+        tags: scheme, ancestry, scores.
+        note: why an alias was or was not moved to it.
+    """
 
     name: str
     version: str
     alias: str | None
     tracking_uri: str
     tags: dict[str, str] = field(default_factory=dict)
+    note: str = ""
 
     @property
     def uri(self) -> str:
@@ -33,14 +56,49 @@ class RegisteredVersion:
         return f"models:/{self.name}{suffix}"
 
 
+@dataclass(frozen=True)
+class Sample:
+    """A video of the model, for its card."""
+
+    prompt: str
+    video: Path
+
+
+@dataclass(frozen=True)
+class Promotion:
+    """Condition for an alias to move: the new version must be better in a metric.
+
+    Attributes:
+        metric: name of the score.
+        lower_is_better: direction.
+    """
+
+    metric: str
+    lower_is_better: bool = False
+
+    def judge(self, new: float, old: str | None, holder: str) -> tuple[bool, str]:
+        """Whether `new` beats the score `old` of the version that has the alias, and a reason."""
+        if old is None:
+            return True, f"{holder} has no score {self.metric} to beat"
+        better = new < float(old) if self.lower_is_better else new > float(old)
+        wanted = "lower" if self.lower_is_better else "higher"
+        return better, (
+            f"{self.metric} {new:.6g} is {'' if better else 'not '}{wanted} than {old} of {holder}"
+        )
+
+
 def register(
     model_directory: Path,
     name: str,
     alias: str | None,
     tracking: TrackingConfig,
     scores: Mapping[str, float] | None = None,
+    sample: Sample | None = None,
+    promotion: Promotion | None = None,
 ) -> RegisteredVersion:
     """Log a model directory as an MLflow model, register it and point an alias to it.
+
+    The artifact holds the model directory, a model card and the sample video; no pickles.
 
     Args:
         model_directory: what `streamdit train` or `streamdit distill` wrote.
@@ -48,48 +106,115 @@ def register(
         alias: alias that will point to the new version; None sets none.
         tracking: which store.
         scores: numbers to attach as tags `score.NAME`.
+        sample: video for the model card; its prompt is the input example.
+        promotion: move the alias only on improvement; the version is registered either way.
 
     Raises:
-        UserError: if the directory is damaged or the store refuses.
+        UserError: if the directory is damaged, the metric is missing or the store refuses.
     """
-    import mlflow
     from mlflow.exceptions import MlflowException
 
     config = read_model_config(model_directory)
     load_weights(model_directory, config)  # refuses damaged weights before anybody can load them
+    scores = dict(scores or {})
+    if promotion is not None and promotion.metric not in scores:
+        raise UserError(
+            f"metric {promotion.metric} is not among the scores "
+            f"({', '.join(scores) or 'none were given'}); add --score {promotion.metric}=VALUE"
+        )
     client, experiment_id = connect(tracking)
     # It stays so, for `streamdit.load("models:/...")` in this process to find the same store.
     uri = use_store(tracking)
-    tags = version_tags(config, scores or {})
-    run_id = (
-        _run_of(client, config)
-        or client.create_run(experiment_id, run_name=f"register-{name}").info.run_id
-    )
     try:
-        with mlflow.start_run(run_id=run_id):
-            logged = mlflow.pyfunc.log_model(
-                name="model",
-                loader_module="streamdit.io",
-                data_path=str(model_directory),
-                signature=_signature(),
-                input_example=_input_example(),
-                pip_requirements=[f"streamdit=={__version__}"],
-                metadata={"format_version": config.format_version},
-            )
-        if not client.search_registered_models(f"name = '{name}'"):
-            client.create_registered_model(name)
-        created = client.create_model_version(
-            name, logged.model_uri, run_id=run_id, model_id=logged.model_id, tags=tags
+        tags = version_tags(config, scores) | _teacher_tags(client, config)
+        run_id = (
+            _run_of(client, config)
+            or client.create_run(experiment_id, run_name=f"register-{name}").info.run_id
         )
-        version = str(created.version)
-        if alias is not None:
-            client.set_registered_model_alias(name, alias, version)
+        version = _create_version(
+            client, run_id, name, Path(model_directory), config, tags, scores, sample
+        )
+        moved, note = _move_alias(client, name, alias, version, scores, promotion)
     except MlflowException as error:
         reason = str(error).splitlines()[0]
         raise UserError(
             f"model {name!r} cannot be registered in {uri}: {reason}; mend the name or the store"
         ) from None
-    return RegisteredVersion(name, version, alias, uri, tags)
+    return RegisteredVersion(name, version, alias if moved else None, uri, tags, note)
+
+
+def _create_version(
+    client: Any,
+    run_id: str,
+    name: str,
+    directory: Path,
+    config: StreamDiTConfig,
+    tags: dict[str, str],
+    scores: Mapping[str, float],
+    sample: Sample | None,
+) -> str:
+    """Log the artifact and register it; returns the version's number."""
+    import mlflow
+
+    ancestry = {key: value for key, value in tags.items() if not key.startswith(SCORE_TAG)}
+    card = model_card(name, config, ancestry, scores, sample.prompt if sample else None)
+    with tempfile.TemporaryDirectory() as staging, mlflow.start_run(run_id=run_id):
+        data = Path(staging) / "model"
+        # Only what the contract of a model directory names: nothing else has been checked.
+        shutil.copytree(directory, data, ignore=_all_but_the_model(directory))
+        refuse_pickles(data, str(directory))
+        (data / CARD_FILE).write_text(card, encoding="utf-8")
+        if sample is not None:
+            shutil.copyfile(sample.video, data / SAMPLE_FILE)
+        logged = mlflow.pyfunc.log_model(
+            name="model",
+            loader_module="streamdit.io",
+            data_path=str(data),
+            signature=_signature(),
+            input_example=_input_example(sample.prompt if sample else None),
+            pip_requirements=[f"streamdit=={__version__}"],
+            metadata={"format_version": config.format_version},
+        )
+    if not client.search_registered_models(f"name = '{name}'"):
+        client.create_registered_model(name)
+    created = client.create_model_version(
+        name,
+        logged.model_uri,
+        run_id=run_id,
+        model_id=logged.model_id,
+        tags=tags,
+        description=card.split("---\n", 2)[-1].strip(),
+    )
+    return str(created.version)
+
+
+def _all_but_the_model(directory: Path) -> Any:
+    """What `shutil.copytree` shall leave out at the top of a model directory."""
+    kept = {CONFIG_FILE, WEIGHTS_FILE, AUTOENCODER_FOLDER}
+    return lambda folder, names: [
+        entry for entry in names if Path(folder) == directory and entry not in kept
+    ]
+
+
+def _move_alias(
+    client: Any,
+    name: str,
+    alias: str | None,
+    version: str,
+    scores: Mapping[str, float],
+    promotion: Promotion | None,
+) -> tuple[bool, str]:
+    """Point the alias to the version if it deserves it; whether it did, and why."""
+    if alias is None:
+        return False, "no alias was asked for"
+    better, note = True, ""
+    holder = client.get_registered_model(name).aliases.get(alias)
+    if promotion is not None and holder is not None:
+        old = client.get_model_version(name, str(holder)).tags.get(SCORE_TAG + promotion.metric)
+        better, note = promotion.judge(scores[promotion.metric], old, f"version {holder}")
+    if better:
+        client.set_registered_model_alias(name, alias, version)
+    return better, note
 
 
 def find_registered(name: str, alias: str, tracking: TrackingConfig) -> RegisteredVersion | None:
@@ -103,6 +228,39 @@ def find_registered(name: str, alias: str, tracking: TrackingConfig) -> Register
     except MlflowException:
         return None
     return RegisteredVersion(name, str(version.version), alias, uri, dict(version.tags))
+
+
+def list_versions(tracking: TrackingConfig, name: str | None = None) -> list[dict[str, Any]]:
+    """Every version in a store (of one model, if named), newest first, as plain values.
+
+    Raises:
+        UserError: if the store cannot be reached, or has no model of that name.
+    """
+    client, _ = connect(tracking)
+    models = client.search_registered_models(f"name = '{name}'" if name else None)
+    if name and not models:
+        known = ", ".join(model.name for model in client.search_registered_models())
+        raise UserError(
+            f"no model {name!r} is registered in {use_store(tracking)}; it has {known or 'none'}"
+        )
+    rows = []
+    for model in models:
+        versions = client.search_model_versions(f"name = '{model.name}'")
+        for version in sorted(versions, key=lambda v: int(v.version), reverse=True):
+            holders = model.aliases.items()
+            tags = dict(version.tags)
+            scores = {k: v for k, v in tags.items() if k.startswith(SCORE_TAG)}
+            rows.append(
+                {
+                    "name": model.name,
+                    "version": int(version.version),
+                    "aliases": sorted(a for a, v in holders if str(v) == str(version.version)),
+                    "created_ms": version.creation_timestamp,
+                    "tags": {k: v for k, v in tags.items() if k not in scores},
+                    "scores": {k.removeprefix(SCORE_TAG): float(v) for k, v in scores.items()},
+                }
+            )
+    return rows
 
 
 def version_tags(config: StreamDiTConfig, scores: Mapping[str, float]) -> dict[str, str]:
@@ -122,7 +280,19 @@ def version_tags(config: StreamDiTConfig, scores: Mapping[str, float]) -> dict[s
     revision = git_revision()
     if revision:
         tags["git_revision"] = revision
-    return tags | {f"score.{key}": f"{value:.4f}" for key, value in scores.items()}
+    return tags | {f"{SCORE_TAG}{key}": f"{value:.6g}" for key, value in scores.items()}
+
+
+def _teacher_tags(client: Any, config: StreamDiTConfig) -> dict[str, str]:
+    """Which teacher a model was distilled from: a registered version, if this store has it."""
+    if config.distilled is None:
+        return {}
+    sha256 = config.distilled.teacher_sha256
+    known = client.search_model_versions(f"tags.`weights_sha256` = '{sha256}'")
+    tags = {"teacher_sha256": sha256, "teacher_s": str(config.distilled.teacher_micro_steps)}
+    if known:
+        tags["teacher"] = f"{known[0].name}/{known[0].version}"
+    return tags
 
 
 def _run_of(client: Any, config: StreamDiTConfig) -> str | None:
@@ -139,11 +309,11 @@ def _run_of(client: Any, config: StreamDiTConfig) -> str | None:
     return str(run_id)
 
 
-def _input_example() -> Any:
+def _input_example(prompt: str | None) -> Any:
     """A table of one prompt."""
     import pandas as pd
 
-    return pd.DataFrame({"prompt": ["a red circle moving left over a blue background"]})
+    return pd.DataFrame({"prompt": [prompt or "a boat on a lake"]})
 
 
 def _signature() -> Any:

@@ -27,7 +27,7 @@ def test_registered_model_streams_by_alias_like_its_directory(tmp_path, tracking
 
     found = find_registered("tiny", "best", tracking)
     assert found.version == registered.version
-    tags = {"K": "0", "N": "4", "c": "1", "s": "2", "score.colour": "0.9000"}
+    tags = {"K": "0", "N": "4", "c": "1", "s": "2", "score.colour": "0.9"}
     assert tags.items() <= found.tags.items()
     assert found.tags["weights_sha256"] == read_model_config(directory).weights_sha256
 

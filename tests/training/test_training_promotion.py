@@ -1,0 +1,181 @@
+"""What a registered version says about itself, and when an alias moves to it."""
+
+import json
+import re
+
+import pytest
+from model_directory import write_model_directory
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+import streamdit
+from jobs.cli import app
+from streamdit.config import DistillationRecord, DistilledScheme, SamplingConfig
+from streamdit.errors import UserError
+from streamdit.io import read_model_config, save_model_directory
+from training.config import TrackingConfig
+from training.registry import Promotion, find_registered, list_versions, register
+from training.tracking import git_revision
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A teacher's and a student's model directory."""
+    folder = tmp_path_factory.mktemp("models")
+    (folder / "teacher").mkdir()
+    teacher = write_model_directory(
+        folder / "teacher", lineage={"dataset_fingerprint": "data-1", "run_id": "gone", "step": 9}
+    )
+    record = DistillationRecord(
+        schemes=(DistilledScheme(chunk_frames=2),),
+        starts=("text-to-video",),
+        teacher_sha256=read_model_config(teacher).weights_sha256,
+        teacher_micro_steps=16,
+        teacher_guidance_scale=3.0,
+    )
+    (folder / "student").mkdir()
+    sampling = SamplingConfig(chunk_frames=2, micro_steps=1)
+    write_model_directory(folder / "student", distilled=record, sampling=sampling)
+    return folder
+
+
+@pytest.fixture
+def tracking(tmp_path):
+    return TrackingConfig(directory=str(tmp_path / "store"))
+
+
+def run(*arguments):
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert "Traceback" not in result.output
+    return result
+
+
+def test_alias_moves_only_to_a_better_version(folder, tracking):
+    model, better = folder / "teacher" / "model", Promotion("colour")
+    for score, holder in ((0.5, "1"), (0.4, "1"), (0.6, "3")):
+        made = register(model, "tiny", "best", tracking, {"colour": score}, promotion=better)
+        assert find_registered("tiny", "best", tracking).version == holder
+        assert (made.alias == "best") == (made.version == holder)
+    assert made.note == "colour 0.6 is higher than 0.5 of version 1"
+    with pytest.raises(UserError, match="metric shape is not among the scores"):
+        register(model, "tiny", "best", tracking, {"colour": 1.0}, promotion=Promotion("shape"))
+    assert len(list_versions(tracking, "tiny")) == 3
+
+
+def test_better_is_higher_unless_lower_is_asked_for_and_a_draw_is_not_better():
+    higher, lower = Promotion("colour"), Promotion("flicker", lower_is_better=True)
+    assert higher.judge(0.5, "0.5", "version 1")[0] is False
+    assert higher.judge(0.6, "0.5", "version 1")[0] is True
+    assert lower.judge(0.6, "0.5", "version 1") == (
+        False,
+        "flicker 0.6 is not lower than 0.5 of version 1",
+    )
+    assert lower.judge(0.4, "0.5", "version 1")[0] is True
+    assert lower.judge(9.0, None, "version 1") == (True, "version 1 has no score flicker to beat")
+
+
+def test_distilled_version_names_the_registered_teacher(folder, tracking):
+    teacher = register(folder / "teacher" / "model", "teacher", "best", tracking)
+    student = register(folder / "student" / "model", "student", "best", tracking)
+    assert student.tags["teacher"] == f"teacher/{teacher.version}"
+    assert student.tags["teacher_s"] == "16"
+    expected = {"K": "0", "N": "2", "c": "2", "s": "1", "guidance_scale": "1"}
+    assert expected.items() <= student.tags.items()
+    assert teacher.tags["dataset_fingerprint"] == "data-1"
+    assert teacher.tags["git_revision"] == git_revision()
+
+
+def test_artifact_has_a_card_with_a_sample_video_and_no_pickle(folder, tmp_path):
+    store = tmp_path / "store"
+    result = run(
+        *("register", folder / "student" / "model", "--name", "tiny", "--alias", "best"),
+        *("--score", "colour=0.75", "--prompt", "a red circle", "--sample-frames", 12),
+        *("--tracking-dir", store),
+    )
+    assert result.exit_code == 0, result.output
+    (card,) = store.rglob("README.md")
+    text = card.read_text()
+    assert text.startswith("---\nlibrary_name: streamdit\n")
+    assert "[sample.mp4](sample.mp4): “a red circle”" in text
+    assert "| colour | 0.75 |" in text
+    assert "| default scheme | K=0 N=2 c=2 s=1 |" in text
+    assert "| evaluations per chunk | 1 |" in text
+    from evaluation.sheets import read_video
+
+    assert read_video(card.with_name("sample.mp4")).shape == (12, 32, 32, 3)
+    (example,) = store.rglob("input_example.json")
+    assert "a red circle" in example.read_text()
+    assert not [path for path in store.rglob("*") if path.suffix in (".pkl", ".pt", ".bin")]
+
+
+def test_versions_are_listed_as_a_table_and_as_json(folder, tmp_path, monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setenv("COLUMNS", "160")
+    store = tmp_path / "store"
+    tracking = TrackingConfig(directory=str(store))
+    register(folder / "teacher" / "model", "teacher", "best", tracking, {"colour": 0.5})
+    register(folder / "student" / "model", "student", None, tracking)
+    result = run("models", "--tracking-dir", store)
+    assert result.exit_code == 0, result.output
+    lines = {line.split()[0]: line for line in result.output.splitlines() if line.strip()}
+    assert re.search(r"best +K=0 N=4 c=1 s=2 w=2 .*colour 0\.5", lines["teacher/1"])
+    assert re.search(r"– +K=0 N=2 c=2 s=1 +teacher/1", lines["student/1"])
+    rows = json.loads(run("models", "--json", "--tracking-dir", store).output)
+    assert {row["name"] for row in rows} == {"teacher", "student"}
+    teacher = next(row for row in rows if row["name"] == "teacher")
+    assert teacher["aliases"] == ["best"]
+    assert teacher["scores"] == {"colour": 0.5}
+    only = json.loads(run("models", "student", "--json", "--tracking-dir", store).output)
+    assert [row["name"] for row in only] == ["student"]
+    result = run("models", "nobody", "--tracking-dir", store)
+    assert result.exit_code == 2
+    assert "no model 'nobody' is registered" in result.output
+
+
+def test_listing_makes_no_store(tmp_path, monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    result = run("models", "--tracking-dir", tmp_path / "none")
+    assert result.exit_code == 2
+    assert "there is no MLflow store" in result.output
+    assert not (tmp_path / "none").exists()
+
+
+def test_artifact_with_a_pickle_is_refused_by_name(folder, tracking):
+    registered = register(folder / "student" / "model", "tiny", "best", tracking)
+    (weights,) = (path for path in _artifacts(tracking) if path.name == "model.safetensors")
+    for name in ("extra.pkl", "weights.pt", "pytorch_model.bin"):
+        intruder = weights.parent / name
+        intruder.write_bytes(b"\x80\x04.")
+        with pytest.raises(UserError, match=rf"holds .*{re.escape(name)}, a pickle"):
+            streamdit.load(registered.uri)
+        intruder.unlink()
+    assert streamdit.load(registered.uri)
+
+
+def test_weights_other_than_the_registry_recorded_are_refused(folder, tracking):
+    registered = register(folder / "student" / "model", "tiny", "best", tracking)
+    (weights,) = (path for path in _artifacts(tracking) if path.name == "model.safetensors")
+    config = read_model_config(weights.parent)
+    others = {name: value + 1 for name, value in load_file(weights).items()}
+    save_model_directory(weights.parent, config, others, weights.parent)
+    with pytest.raises(UserError, match="but the registry recorded"):
+        streamdit.load(registered.uri)
+
+
+def _artifacts(tracking):
+    from pathlib import Path
+
+    return Path(tracking.directory).rglob("*")
+
+
+def test_contradicting_options_are_one_line(folder):
+    model = folder / "student" / "model"
+    for options, message in (
+        (("--lower-is-better",), "add --if-better METRIC"),
+        (("--if-better", "colour"), "add --alias ALIAS"),
+        (("--score", "colour"), "is not NAME=VALUE"),
+        (("--scores", "none.json"), "cannot be read"),
+    ):
+        result = run("register", model, "--sample-frames", 0, *options)
+        assert result.exit_code == 2
+        assert message in result.output
