@@ -64,27 +64,26 @@ def show(versions: Sequence[dict[str, Any]]) -> None:
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for heading in ("model", "aliases", "scheme", "teacher", "scores", "registered"):
-        table.add_column(heading, overflow="fold", no_wrap=heading in ("model", "scheme"))
+    for heading in ("model", "aliases", "scheme", "teacher", "scores"):
+        table.add_column(heading, no_wrap=heading != "teacher", overflow="fold")
     for version in versions:
         tags = version["tags"]
         when = datetime.fromtimestamp(version["created_ms"] / 1000)
         table.add_row(
-            f"{version['name']}/{version['version']}",
-            ", ".join(version["aliases"]) or "–",
+            f"{version['name']}/{version['version']}\n[dim]{when:%Y-%m-%d}[/dim]",
+            "\n".join(version["aliases"]) or "–",
             scheme_of(tags),
             tags.get("teacher") or tags.get("teacher_sha256", "–")[:12],
             scores_of(version["scores"]),
-            f"{when:%Y-%m-%d}",
         )
     console.print(table)
 
 
 def scheme_of(tags: dict[str, str]) -> str:
-    """`K=0 N=8 c=2 s=1`, and the guidance where there is some."""
+    """`K=0 N=8 c=2 s=1`, and below it the guidance where there is some."""
     scheme = " ".join(f"{key}={tags.get(key, '?')}" for key in ("K", "N", "c", "s"))
     guidance = tags.get("guidance_scale", "1")
-    return scheme if guidance == "1" else f"{scheme} w={guidance}"
+    return scheme if guidance == "1" else f"{scheme}\nw={guidance}"
 
 
 def scores_of(scores: dict[str, float]) -> str:

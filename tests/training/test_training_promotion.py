@@ -118,7 +118,7 @@ def test_versions_are_listed_as_a_table_and_as_json(folder, tmp_path, monkeypatc
     result = run("models", "--tracking-dir", store)
     assert result.exit_code == 0, result.output
     lines = {line.split()[0]: line for line in result.output.splitlines() if line.strip()}
-    assert re.search(r"best +K=0 N=4 c=1 s=2 w=2 .*colour 0\.5", lines["teacher/1"])
+    assert re.search(r"best +K=0 N=4 c=1 s=2 .*colour 0\.5", lines["teacher/1"])
     assert re.search(r"– +K=0 N=2 c=2 s=1 +teacher/1", lines["student/1"])
     rows = json.loads(run("models", "--json", "--tracking-dir", store).output)
     assert {row["name"] for row in rows} == {"teacher", "student"}
