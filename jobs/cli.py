@@ -34,6 +34,7 @@ COMMANDS = {
     "demo": Entry("jobs.demo", "Run the whole path, small, on this machine.", "Start here"),
     "doctor": Entry("jobs.doctor", "Show what this machine has and what is missing.", "Start here"),
     "ingest": Entry("jobs.ingest", "Turn videos into a dataset to train on.", "Data"),
+    "dataset": Entry("jobs.dataset", "Look at a dataset, check it, mend it.", "Data"),
     "train-autoencoder": Entry(
         "jobs.train_autoencoder", "Train the autoencoder that makes the latents.", "Train"
     ),

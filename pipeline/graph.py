@@ -5,11 +5,16 @@ from __future__ import annotations
 import json
 import logging
 import math
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from pipeline.dead_letters import DeadLimit
 from streamdit.errors import UserError
+
+HIDDEN_COUNTERS = ("inputs", "lost", "retryable")
+SPEEDS = {"clips": "clips/s", "texts": "texts/s", "video_s": "× real time"}
+"""Counters whose speed is shown, and its name."""
 
 OnProgress = Callable[[int, int, dict[str, float]], None]
 """Called with units done, units in all, and the totals so far."""
@@ -102,15 +107,16 @@ def run_stage(
     finished = len(done)
     for counters in done.values():
         _add(totals, counters)
+    shown = _Shown(totals)
     if on_progress:
-        on_progress(finished, len(units), dict(totals))
+        on_progress(finished, len(units), shown.counters(totals))
     if limit:
         limit.check(totals)
     for counters in results:
         _add(totals, counters)
         finished += 1
         if on_progress:
-            on_progress(finished, len(units), dict(totals))
+            on_progress(finished, len(units), shown.counters(totals))
         if limit:
             limit.check(totals)
     return totals
@@ -146,6 +152,24 @@ def _room(cpus: int, gpus: float) -> int:
             "`threads` or `encode.autoencoder_gpus`, or add nodes"
         )
     return room
+
+
+class _Shown:
+    """Totals as people see them: with the speed of this run, without what only limits need."""
+
+    def __init__(self, before: Mapping[str, float]) -> None:
+        self.before = dict(before)
+        self.started = time.monotonic()
+
+    def counters(self, totals: Mapping[str, float]) -> dict[str, float]:
+        """Counters for a progress line."""
+        elapsed = time.monotonic() - self.started
+        shown = {name: value for name, value in totals.items() if name not in HIDDEN_COUNTERS}
+        for name, speed in SPEEDS.items():
+            made = totals.get(name, 0) - self.before.get(name, 0)
+            if made and elapsed > 0:
+                shown[speed] = round(made / elapsed, 2)
+        return shown
 
 
 def _add(totals: dict[str, float], counters: Mapping[str, float]) -> None:

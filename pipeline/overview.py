@@ -1,0 +1,205 @@
+"""What a dataset holds, in numbers: read from its tables, no payload is touched."""
+
+from __future__ import annotations
+
+import ast
+from collections import Counter
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from pipeline.ledger import STAGE_KINDS, Ledger
+from pipeline.plan import require_plan
+from pipeline.schema import (
+    ANNOTATION_SCHEMA,
+    CLIP_SCHEMA,
+    FOLDERS,
+    MANIFEST_FILE,
+    SOURCE_SCHEMA,
+    Manifest,
+    load_manifest,
+    read_dead_letters,
+    read_tables,
+)
+from pipeline.settings import read_record
+from pipeline.store import DatasetPath, Store, open_store
+
+ADDRESSING = ("start_s", "end_s", "fps", "scene_start_s", "scene_end_s")
+"""Numbers of a clip that are no scores."""
+
+
+@dataclass(frozen=True)
+class StageState:
+    """How far a stage is."""
+
+    name: str
+    units: int
+    done: int
+    counters: dict[str, float]
+    """Totals over the units that are done."""
+
+
+@dataclass(frozen=True)
+class DeadReason:
+    """Dead letters of one kind."""
+
+    stage: str
+    error_class: str
+    count: int
+    message: str
+    """Of one of them."""
+    uri: str
+    """Of the same."""
+
+
+@dataclass(frozen=True)
+class Overview:
+    """A dataset at a glance."""
+
+    root: str
+    stages: tuple[StageState, ...]
+    sources: pa.Table
+    """See :data:`pipeline.schema.SOURCE_SCHEMA`."""
+    clips: pa.Table
+    """Clips with their annotations where there are such, ordered by clip id."""
+    selected: pa.Table | None
+    """Index of what one trains on, if the dataset is complete."""
+    manifest: Manifest | None
+    dead: tuple[DeadReason, ...]
+    """The commonest first."""
+    bytes: dict[str, int]
+    """Folder to bytes."""
+
+    @property
+    def video_s(self) -> float:
+        """Seconds of video in the sources."""
+        return float(pc.sum(self.sources["duration_s"]).as_py() or 0.0)
+
+    @property
+    def scores(self) -> tuple[str, ...]:
+        """Names of the scores that clips have."""
+        fields = (field for field in self.clips.schema if pa.types.is_floating(field.type))
+        names = (field.name for field in fields if field.name not in ADDRESSING)
+        return tuple(name for name in names if self.clips[name].null_count < len(self.clips))
+
+    @property
+    def statuses(self) -> Counter[str]:
+        """Clips by the status of their caption; empty before `annotate`."""
+        if "caption_status" not in self.clips.column_names:
+            return Counter()
+        return Counter(status or "none" for status in self.clips["caption_status"].to_pylist())
+
+    @property
+    def buckets(self) -> Counter[str]:
+        """Clips by bucket."""
+        return Counter(self.clips["bucket"].to_pylist())
+
+    @property
+    def kept(self) -> np.ndarray:
+        """For each clip whether it is selected, `[clips]` bool; all where nothing is selected."""
+        if self.selected is None:
+            return np.ones(len(self.clips), bool)
+        found = pc.is_in(self.clips["clip_id"], value_set=self.selected["clip_id"])
+        return np.asarray(found.to_pylist(), bool)
+
+    def thresholds(self, score: str) -> list[float]:
+        """Numbers that the selection compares a score with."""
+        return thresholds(self.manifest.selection.expression, score) if self.manifest else []
+
+
+def read_overview(dataset_dir: DatasetPath) -> Overview:
+    """Read the tables of a dataset, as far as it is.
+
+    Raises:
+        UserError: if there is no dataset.
+    """
+    store = open_store(dataset_dir)
+    units = [unit.name for unit in require_plan(store)]
+    manifest = load_manifest(store) if store.exists(MANIFEST_FILE) else None
+    return Overview(
+        root=store.root,
+        stages=tuple(_stage(store, stage, units) for stage in STAGE_KINDS),
+        sources=_table(store, "source", SOURCE_SCHEMA),
+        clips=_annotated(store),
+        selected=pq.read_table(store.source(manifest.selection.path)) if manifest else None,
+        manifest=manifest,
+        dead=tuple(_dead_reasons(store)),
+        bytes=_bytes(store),
+    )
+
+
+def find_clip(overview: Overview, clip_id: str) -> dict[str, Any] | None:
+    """The row of a clip, by its id or the beginning of it."""
+    found = overview.clips.filter(pc.starts_with(overview.clips["clip_id"], clip_id))
+    return found.slice(0, 1).to_pylist()[0] if len(found) else None
+
+
+def stage_settings(dataset_dir: DatasetPath) -> dict[str, dict[str, Any]]:
+    """Settings that each stage of a dataset was made with."""
+    store = open_store(dataset_dir)
+    records = {stage: read_record(store, stage) for stage in STAGE_KINDS}
+    return {stage: record.settings for stage, record in records.items() if record}
+
+
+def thresholds(expression: str, name: str) -> list[float]:
+    """Numbers that an expression compares a column with."""
+    found: set[float] = set()
+    for node in ast.walk(ast.parse(expression.strip(), mode="eval")):
+        if isinstance(node, ast.Compare):
+            sides = [node.left, *node.comparators]
+            for left, right in pairwise(sides):
+                for column, value in ((left, right), (right, left)):
+                    if isinstance(column, ast.Name) and column.id == name:
+                        found |= _number(value)
+    return sorted(found)
+
+
+def _number(node: ast.expr) -> set[float]:
+    try:
+        value = ast.literal_eval(node)
+    except ValueError:
+        return set()
+    return {float(value)} if isinstance(value, (int, float)) else set()
+
+
+def _stage(store: Store, stage: str, units: list[str]) -> StageState:
+    markers = Ledger(store, stage).read_all(units).values()
+    totals: Counter[str] = Counter()
+    for marker in markers:
+        totals.update(marker.counters)
+    return StageState(stage, len(units), len(markers), dict(totals))
+
+
+def _table(store: Store, kind: str, schema: pa.Schema) -> pa.Table:
+    return pa.concat_tables([schema.empty_table(), *read_tables(store, FOLDERS[kind], schema)])
+
+
+def _annotated(store: Store) -> pa.Table:
+    """Clips, with the annotations of those that have them."""
+    clips = _table(store, "clip", CLIP_SCHEMA)
+    notes = _table(store, "annotation", ANNOTATION_SCHEMA)
+    if len(notes):
+        clips = clips.join(notes, "clip_id", join_type="left outer")
+    return clips.sort_by("clip_id").combine_chunks()
+
+
+def _dead_reasons(store: Store) -> list[DeadReason]:
+    rows = read_dead_letters(store).to_pylist()
+    examples = {(row["stage"], row["error_class"]): row for row in reversed(rows)}
+    counts = Counter((row["stage"], row["error_class"]) for row in rows).most_common()
+    return [
+        DeadReason(*key, count, examples[key]["message"], examples[key]["uri"])
+        for key, count in counts
+    ]
+
+
+def _bytes(store: Store) -> dict[str, int]:
+    sizes: Counter[str] = Counter()
+    for path, size in store.files().items():
+        sizes[path.split("/", 1)[0] if "/" in path else "."] += size
+    return dict(sizes)
