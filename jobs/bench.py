@@ -20,8 +20,9 @@ from jobs.bench_rows import Row, measure_decoding, measure_steps, measure_stream
 from jobs.bench_subject import load_subject, random_subject
 from jobs.console import format_bytes, format_flops, format_parameters, say
 from jobs.errors import JobCommand
+from streamdit.autoencoder.io import read_record
 from streamdit.errors import UserError
-from streamdit.io import StreamingModel
+from streamdit.io import AUTOENCODER_FOLDER, StreamingModel
 
 command = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="markdown")
 
@@ -156,6 +157,7 @@ def _facts(subject: StreamingModel, source: str) -> dict[str, Any]:
         "dtype": str(subject.model.patch_embedding.weight.dtype).removeprefix("torch."),
         "autoencoder": config.autoencoder.kind,
         "autoencoder_parameters": sum(p.numel() for p in subject.autoencoder.parameters()),
+        "autoencoder_psnr": _psnr(source),
         "scheme": {**vars(scheme), "guidance_scale": config.sampling.guidance_scale},
         "text_tokens": subject.max_text_tokens,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
@@ -165,10 +167,20 @@ def _facts(subject: StreamingModel, source: str) -> dict[str, Any]:
     }
 
 
+def _psnr(source: str) -> float | None:
+    """Decibels that the autoencoder of a model directory reached on clips kept from training."""
+    record = read_record(Path(source) / AUTOENCODER_FOLDER)
+    if record is None or record.training.get("psnr_split") != "held_out":
+        return None
+    return float(record.training["psnr"])
+
+
 def _headlines(facts: dict[str, Any]) -> list[str]:
     scheme = facts["scheme"]
     guidance = scheme["guidance_scale"]
     steering = "no guidance" if guidance == 1.0 else f"guidance {guidance:g}"
+    psnr = facts["autoencoder_psnr"]
+    quality = "" if psnr is None else f", PSNR {psnr:.1f} dB"
     device = facts["device"]
     if device == "CPU":
         threads = facts["threads"]
@@ -179,7 +191,7 @@ def _headlines(facts: dict[str, Any]) -> list[str]:
         f"video       {facts['height']}×{facts['width']}, {facts['frames_per_chunk']} frames a "
         f"chunk; K={scheme['K']} N={scheme['N']} c={scheme['c']} s={scheme['s']}, {steering}",
         f"autoencoder {facts['autoencoder']}, "
-        f"{format_parameters(facts['autoencoder_parameters'])} parameters",
+        f"{format_parameters(facts['autoencoder_parameters'])} parameters{quality}",
         f"device      {device}, PyTorch {facts['torch']}",
     ]
 

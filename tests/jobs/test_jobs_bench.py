@@ -5,12 +5,14 @@ import json
 import numpy as np
 import pytest
 import torch
+from model_directory import write_model_directory
 from typer.testing import CliRunner
 
 from jobs.bench_rows import CEILING, PLAIN, decoder_variants, step_variants
 from jobs.bench_subject import prompt_of, random_subject
 from jobs.cli import app
 from jobs.measure import Timings, interleave, matmul_action
+from streamdit.io import read_model_config
 from streamdit.model.flops import PER_PROMPT, PER_SCHEDULE, count_flops
 from streamdit.text.hashed_bytes import tokenise
 
@@ -102,6 +104,24 @@ def test_decoder_and_whole_streams_are_measured_too(tmp_path):
     assert names == [PLAIN, "+ fast step", "+ fast decoder", "+ decoding ahead"]
     assert all(row["fps"] == pytest.approx(4e3 / row["p50_ms"]) for row in figures["rows"])
     assert "64×64, 4 frames a chunk" in output
+
+
+def test_a_model_directory_is_measured_with_its_own_scheme_and_the_quality_of_its_decoder(tmp_path):
+    directory = write_model_directory(tmp_path)
+    record = directory / "autoencoder" / "config.json"
+    facts = json.loads(record.read_text())
+    training = {"psnr": 31.25, "psnr_split": "held_out"}
+    record.write_text(json.dumps({**facts, "training": training}))
+    figures, output = bench(tmp_path, "step", "--model", str(directory))
+    assert figures["scheme"] == {"K": 0, "N": 4, "c": 1, "s": 2, "guidance_scale": 2.0}
+    assert "PSNR 31.2 dB" in output
+    # A frame's share of a chunk: two steps of two evaluations each make four frames.
+    rows = {row["variant"]: row for row in figures["rows"]}
+    assert rows[PLAIN]["fps"] == pytest.approx(2e3 / rows[PLAIN]["p50_ms"])
+    config = read_model_config(directory)
+    tokens = {encoder.name: encoder.max_tokens for encoder in config.text_encoders}
+    work = 2 * count_flops(config.model, text_tokens=tokens)["total"]
+    assert rows[PLAIN]["flops_per_second"] == pytest.approx(1e3 * work / rows[PLAIN]["p50_ms"])
 
 
 @pytest.mark.parametrize(

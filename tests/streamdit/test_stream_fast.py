@@ -8,7 +8,7 @@ from no_host_reads import NoHostReads
 
 import streamdit
 from streamdit.config import SamplingConfig
-from streamdit.decoding import DecoderConfig
+from streamdit.decoding import ChunkDecoder, DecoderConfig
 from streamdit.model.fast import FastConfig
 
 SCHEMES = {
@@ -116,3 +116,26 @@ def test_denoising_and_decoding_on_two_device_streams_shows_the_same_video(tmp_p
     fast = FastConfig(cuda_graph=True)
     both = model.stream("a red circle", fast=fast, decoder=DecoderConfig(overlap=True))
     assert np.abs(plain - played(both, 6)).max() <= 2
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("fast", [FastConfig(), FastConfig(cuda_graph=True)])
+def test_a_running_stream_never_waits_for_the_device(tmp_path, fast):
+    """Neither its steps nor what begins to decode a chunk; only who takes the frames waits."""
+    model = streamdit.load(write_model_directory(tmp_path), device="cuda")
+    denoiser = model.denoiser(["a red circle"], [0], fast=fast)
+    decoder = ChunkDecoder(model.autoencoder, model.device)
+    for _ in range(denoiser.schedule.fill_steps + 2 * denoiser.scheme.s):
+        latents = denoiser.step()
+    pending = [decoder.submit(latents)]
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(4 * denoiser.scheme.s):
+            latents = denoiser.step()
+            if latents is not None:
+                pending.append(decoder.submit(latents))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(chunk.wait().shape == (4, 32, 32, 3) for chunk in pending)
