@@ -1,6 +1,7 @@
 """Time conditioning: one embedding per latent frame, turned into scale, shift and gate.
 
-Everything here is computed in float32, whatever the precision of the rest of the model.
+Everything here is computed in float32, whatever the precision of the rest of the model; only a
+model in float64, against which others are checked, stays in float64.
 """
 
 from __future__ import annotations
@@ -13,14 +14,21 @@ from torch import Tensor, nn
 from streamdit.config import DiTConfig
 
 
+def precise(x: Tensor) -> Tensor:
+    """Float32, or float64 where `x` is."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
 class Float32Linear(nn.Linear):
     """Linear layer that computes in float32 even where its weights are kept in bf16."""
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., in]` to `[..., out]` float32."""
-        bias = None if self.bias is None else self.bias.float()
-        with torch.autocast(x.device.type, enabled=False):
-            return nn.functional.linear(x.float(), self.weight.float(), bias)
+        weight = precise(self.weight)
+        bias = None if self.bias is None else precise(self.bias)
+        # The meta device, on which shapes are traced, has no autocast of its own.
+        with torch.autocast(x.device.type if x.device.type != "meta" else "cpu", enabled=False):
+            return nn.functional.linear(x.to(weight.dtype), weight, bias)
 
 
 class TimeEmbedding(nn.Module):
@@ -41,7 +49,7 @@ class TimeEmbedding(nn.Module):
         half = self.frequencies // 2
         steps = torch.arange(half, device=tau.device, dtype=torch.float32)
         rates = torch.exp(-math.log(10_000.0) * steps / half)
-        angles = (self.at_noise + self.slope * tau.float()[..., None]) * rates
+        angles = (self.at_noise + self.slope * precise(tau)[..., None]) * rates
         features = torch.cat([angles.cos(), angles.sin()], dim=-1)
         return self.output(nn.functional.silu(self.input(features)))
 
@@ -80,11 +88,11 @@ class SingleModulation(nn.Module):
     def forward(self, time: Tensor, shared: Tensor | None) -> tuple[Tensor, ...]:
         """`shared [b, f, signals * d]` plus the table, to `signals` tensors `[b, f, 1, d]`."""
         assert shared is not None, "adaLN-single needs the shared projection"
-        return self.add_table(shared.float().unflatten(-1, (self.signals, -1)))
+        return self.add_table(precise(shared).unflatten(-1, (self.signals, -1)))
 
     def add_table(self, signals: Tensor) -> tuple[Tensor, ...]:
         """`[b, f, signals or 1, d]` plus the table, as `signals` tensors `[b, f, 1, d]`."""
-        return (signals + self.table.float()).unsqueeze(3).unbind(dim=2)
+        return (signals + precise(self.table)).unsqueeze(3).unbind(dim=2)
 
 
 class TimeTableModulation(SingleModulation):
@@ -111,7 +119,7 @@ def build_output_modulation(config: DiTConfig, signals: int) -> ZeroModulation |
 
 def modulate(normed: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """`normed [b, f, n, d]` times `1 + scale` plus `shift`, both `[b, f, 1, d]`, in float32."""
-    return normed.float() * (1.0 + scale) + shift
+    return precise(normed) * (1.0 + scale) + shift
 
 
 class Float32LayerNorm(nn.LayerNorm):
@@ -119,9 +127,9 @@ class Float32LayerNorm(nn.LayerNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., d]` to `[..., d]` float32."""
-        weight = None if self.weight is None else self.weight.float()
-        bias = None if self.bias is None else self.bias.float()
-        return nn.functional.layer_norm(x.float(), self.normalized_shape, weight, bias, self.eps)
+        weight = None if self.weight is None else precise(self.weight)
+        bias = None if self.bias is None else precise(self.bias)
+        return nn.functional.layer_norm(precise(x), self.normalized_shape, weight, bias, self.eps)
 
 
 class Float32RMSNorm(nn.RMSNorm):
@@ -130,6 +138,6 @@ class Float32RMSNorm(nn.RMSNorm):
     def forward(self, x: Tensor) -> Tensor:
         """`[..., d]` to `[..., d]`."""
         normed = nn.functional.rms_norm(
-            x.float(), list(self.normalized_shape), self.weight.float(), self.eps
+            precise(x), list(self.normalized_shape), precise(self.weight), self.eps
         )
         return normed.to(x.dtype)

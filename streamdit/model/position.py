@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from streamdit.model.modulation import precise
+
 Triple = tuple[int, int, int]
 
 
@@ -57,7 +59,7 @@ def rotate(features: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """
     n, heads, length, width = features.shape
     windows = cos.shape[0]
-    pairs = features.float().view(n // windows, windows, heads, length, width // 2, 2)
+    pairs = precise(features).view(n // windows, windows, heads, length, width // 2, 2)
     even, odd = pairs.unbind(-1)
     cos, sin = cos[None, :, None], sin[None, :, None]
     rotated = torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1)
