@@ -116,6 +116,30 @@ class CaptionConfig(StrictModel):
         )
 
 
+class ClipScoreConfig(StrictModel):
+    """Scores by a CLIP model of open_clip."""
+
+    model: str | None = None
+    """open_clip model name, `hf-hub:org/name` or `local-dir:/path`; none leaves the scores out."""
+    pretrained: str | None = None
+    """open_clip weights tag or checkpoint path; not used with `hf-hub:` and `local-dir:`."""
+    aesthetic_head: str | None = None
+    """File of a linear head for `aesthetic`, trained on this model's picture embeddings."""
+    unsafe_head: str | None = None
+    """File of a linear head for `unsafe`; a sigmoid turns its number into a probability."""
+    batch: int = Field(default=16, gt=0)
+    """Pictures or captions at once."""
+
+
+class ScoreConfig(StrictModel):
+    """Scores that take a model; the others are always measured."""
+
+    text_area: bool = False
+    """Measure `text_area`, the share of the picture that is writing; needs the extra `ocr`."""
+    clip: ClipScoreConfig = ClipScoreConfig()
+    """`clip_similarity`, `aesthetic` and `unsafe`."""
+
+
 class SelectionConfig(StrictModel):
     """Which clips are trained on."""
 
@@ -181,6 +205,8 @@ class IngestConfig(StrictModel):
     """Scene detection."""
     captions: CaptionConfig = CaptionConfig()
     """Captions."""
+    scores: ScoreConfig = ScoreConfig()
+    """Scores by models."""
     text_encoders: tuple[TextEncoderConfig, ...] = Field(
         default=(TextEncoderConfig(name="bytes", kind="bytes", width=256, max_tokens=64),),
         min_length=1,
