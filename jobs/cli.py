@@ -35,6 +35,7 @@ COMMANDS = {
     "doctor": Entry("jobs.doctor", "Show what this machine has and what is missing.", "Start here"),
     "ingest": Entry("jobs.ingest", "Turn videos into a dataset to train on.", "Data"),
     "dataset": Entry("jobs.dataset", "Look at a dataset, check it, mend it.", "Data"),
+    "select": Entry("jobs.select", "Choose which clips are trained on.", "Data"),
     "train-autoencoder": Entry(
         "jobs.train_autoencoder", "Train the autoencoder that makes the latents.", "Train"
     ),

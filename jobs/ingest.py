@@ -169,7 +169,7 @@ def curated_facts(summary: CurateSummary) -> dict[str, str]:
     """Videos, and what was left aside."""
     facts = {
         "videos": f"{summary.sources:,} of {format_duration(summary.video_s)} together",
-        "clips": f"{summary.clips:,}",
+        "clips": f"{summary.clips:,}, {summary.duplicates:,} of them near duplicates",
     }
     if summary.skipped:
         reasons = (f"{reason} {count:,}" for reason, count in summary.skipped.items())

@@ -17,10 +17,10 @@ from pipeline.dead_letters import DeadLetter, DeadLimit, quarantined, write_dead
 from pipeline.decode import sample_frames
 from pipeline.graph import OnProgress, Row, result_row, run_stage, run_units
 from pipeline.ledger import CLIPS_INPUT, Ledger, Marker, Wanted, require_markers
+from pipeline.picture_scores import PICTURE_SCORES, PictureScores
 from pipeline.plan import Unit, require_plan, sidecar_key, sidecar_uris
 from pipeline.removal import finish_removal
 from pipeline.schema import ANNOTATION_SCHEMA
-from pipeline.scores import colourfulness
 from pipeline.settings import adopt_settings
 from pipeline.shards import file_name, read_rows, write_table
 from pipeline.sources import Source
@@ -107,7 +107,12 @@ def annotate(
 
 def annotate_settings(config: IngestConfig) -> dict[str, Any]:
     """Everything that annotations depend on, apart from clips and caption files."""
-    return {"revision": REVISION, "captions": config.captions.content, "threads": config.threads}
+    return {
+        "revision": REVISION,
+        "captions": config.captions.content,
+        "scores": config.scores.content,
+        "threads": config.threads,
+    }
 
 
 def annotate_wanted(
@@ -137,13 +142,15 @@ class AnnotateUnit:
     """Stage: takes a unit, writes its annotation table and its marker."""
 
     def __init__(self, dataset_dir: str, config: IngestConfig) -> None:
-        """Load the caption model, where there is one."""
+        """Load the models for captions and scores, where there are any."""
         import torch
 
         torch.set_num_threads(config.threads)
         self.store = open_store(dataset_dir)
         self.config = config
         self.captioner: Captioner = build_captioner(config.captions)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.scores = PictureScores(config.scores, config.threads, device)
 
     def __call__(self, row: Row) -> Iterable[Row]:
         """Annotate the clips of one unit."""
@@ -190,7 +197,10 @@ class AnnotateUnit:
         attempt: int,
     ) -> tuple[list[Row], list[DeadLetter]]:
         """Rows for the clips of one video, and what failed on the way."""
-        fresh = [clip for clip in clips if clip["clip_id"] not in before]
+        captions: dict[str, Caption] = {}
+        if not self.captioner.reads_pictures:
+            captions = self.captioner.describe(source, clips, {})
+        fresh = [clip for clip in clips if self._is_stale(clip["clip_id"], before, captions)]
         pictures: dict[str, list[np.ndarray]] = {}
         dead: list[DeadLetter] = [quarantine] if quarantine else []
         if fresh and not quarantine:
@@ -198,16 +208,27 @@ class AnnotateUnit:
                 pictures = self._sample(source, fresh)
             except ChildError as error:
                 dead.append(_letter(error, source, attempt))
-        asked = fresh if self.captioner.reads_pictures else clips
-        captions = self.captioner.describe(source, asked, pictures)
+        if self.captioner.reads_pictures:
+            captions = self.captioner.describe(source, fresh, pictures)
+        asked = [clip for clip in clips if clip["clip_id"] in captions]
         dead += _caption_letters(source, asked, captions, self.captioner, attempt)
+        texts = {clip_id: caption.text for clip_id, caption in captions.items()}
+        measured = self.scores.measure(pictures, texts)
         rows = []
         for clip in clips:
             clip_id = clip["clip_id"]
-            scores = before.get(clip_id) or {"colourfulness": _score(pictures.get(clip_id))}
+            scores = measured.get(clip_id) or before.get(clip_id) or dict.fromkeys(PICTURE_SCORES)
             caption = _columns(captions[clip_id]) if clip_id in captions else {}
             rows.append({"clip_id": clip_id, **scores, **caption})
         return rows, dead
+
+    def _is_stale(self, clip_id: str, before: dict[str, Row], captions: dict[str, Caption]) -> bool:
+        """Whether a clip is to be looked at: a new one, or one whose new caption is scored."""
+        if clip_id not in before:
+            return True
+        caption = captions.get(clip_id)
+        changed = caption is not None and caption.text != before[clip_id]["caption"]
+        return changed and self.scores.read_captions
 
     def _sample(self, source: Source, clips: list[Row]) -> dict[str, list[np.ndarray]]:
         """A few pictures of each clip, in order of time, by clip id."""
@@ -223,10 +244,6 @@ class AnnotateUnit:
         return {
             clip["clip_id"]: pictures[i * count : (i + 1) * count] for i, clip in enumerate(clips)
         }
-
-
-def _score(pictures: list[np.ndarray] | None) -> float | None:
-    return None if pictures is None else colourfulness(pictures)
 
 
 def _columns(caption: Caption) -> Row:

@@ -9,12 +9,14 @@ from dataclasses import dataclass
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline.duplicate_table import ALL_UNITS
 from pipeline.ledger import STAGE_KINDS, Ledger, Marker
 from pipeline.plan import require_plan
 from pipeline.schema import (
     ANNOTATION_SCHEMA,
     AUTOENCODER_FOLDER,
     CLIP_SCHEMA,
+    DUPLICATE_SCHEMA,
     FOLDERS,
     LATENT_SCHEMA,
     MANIFEST_FILE,
@@ -96,7 +98,7 @@ def check_dataset(dataset_dir: DatasetPath, on_progress: OnChecked | None = None
 def _markers(store: Store) -> Iterator[Marker]:
     units = [unit.name for unit in require_plan(store)]
     for stage in STAGE_KINDS:
-        yield from Ledger(store, stage).read_all([*units, NULL_UNIT]).values()
+        yield from Ledger(store, stage).read_all([*units, NULL_UNIT, ALL_UNITS]).values()
 
 
 def _check_lists(records: dict[str, FileRecord], manifest: Manifest) -> Iterator[Problem]:
@@ -141,6 +143,7 @@ def _schema_of(record: FileRecord, manifest: Manifest | None) -> pa.Schema | Non
     return {
         "source": SOURCE_SCHEMA,
         "clip": CLIP_SCHEMA,
+        "duplicate": DUPLICATE_SCHEMA,
         "annotation": ANNOTATION_SCHEMA,
         "latent": LATENT_SCHEMA,
         "selection": SELECTION_SCHEMA,

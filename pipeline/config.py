@@ -138,6 +138,14 @@ class ScoreConfig(StrictModel):
     """Measure `text_area`, the share of the picture that is writing; needs the extra `ocr`."""
     clip: ClipScoreConfig = ClipScoreConfig()
     """`clip_similarity`, `aesthetic` and `unsafe`."""
+    duplicate_bits: int = Field(default=11, ge=0, le=11)
+    """Near duplicates differ in at most this many of the 192 bits of `phash`. Other sizes and
+    encodings of a clip differ in up to about 8, neighbouring clips of a calm scene in 14."""
+
+    @property
+    def content(self) -> dict[str, Any]:
+        """What the scores of a clip depend on; its duplicates are found afterwards."""
+        return self.model_dump(mode="json", exclude={"duplicate_bits"})
 
 
 class SelectionConfig(StrictModel):

@@ -17,6 +17,7 @@ from pipeline.dead_letters import (
     read_unit_dead_letters,
     write_dead_letters,
 )
+from pipeline.duplicate_table import update_duplicates
 from pipeline.graph import OnProgress, Row, result_row, run_stage, run_units
 from pipeline.ledger import Ledger, Wanted, fingerprint
 from pipeline.plan import Unit, extend_plan
@@ -43,6 +44,8 @@ class CurateSummary:
     """Videos that could be decoded."""
     clips: int
     """Training clips in them."""
+    duplicates: int
+    """Of these, near duplicates of another one that stays."""
     dead: int
     """Videos that could not be read or decoded; see :func:`pipeline.schema.read_dead_letters`."""
     video_s: float
@@ -89,6 +92,7 @@ def curate(
     summary = CurateSummary(
         sources=int(totals.get("sources", 0)),
         clips=int(totals.get("clips", 0)),
+        duplicates=int(totals.get("duplicates", 0)),
         dead=int(totals.get("dead", 0)) + len(listing.dead),
         video_s=totals.get("video_s", 0.0),
         skipped=dict(sorted(listing.skipped.items())),
@@ -107,7 +111,7 @@ def curate_units(
     on_progress: OnProgress | None = None,
     retry_dead: bool = False,
 ) -> dict[str, float]:
-    """Do the units that are not done; returns the totals over all."""
+    """Do the units that are not done, then compare all clips; returns the totals over all."""
     ledger = Ledger(store, STAGE)
     wanted = {unit.name: curate_wanted(unit, settings) for unit in units}
     done = ledger.read_done(wanted, retry_dead)
@@ -123,7 +127,8 @@ def curate_units(
     totals = run_stage(list(wanted), counters, results, on_progress, limit)
     if tasks:
         ledger.sweep(ledger.read_all(wanted).values())
-    return totals
+    duplicates = update_duplicates(store, list(wanted), config.scores.duplicate_bits)
+    return {**totals, "duplicates": duplicates}
 
 
 def curate_settings(config: IngestConfig) -> dict[str, Any]:

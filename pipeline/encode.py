@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 
 from pipeline.config import IngestConfig
 from pipeline.dead_letters import DeadLimit
+from pipeline.duplicate_table import read_duplicates
 from pipeline.graph import OnProgress, run_stage, run_units
 from pipeline.index import publish_dataset
 from pipeline.latents import latent_shape
@@ -95,7 +96,8 @@ def encode(
     store = open_store(dataset_dir)
     finish_removal(store)
     units = [unit.name for unit in require_plan(store)]
-    selected = _read_each(units, lambda unit: select_unit(store, unit, config))
+    duplicates = read_duplicates(store)
+    selected = _read_each(units, lambda unit: select_unit(store, unit, config, duplicates))
     if not any(table.num_rows for table in selected.values()):
         raise nothing_selected(store, config)
     autoencoder = load_autoencoder(autoencoder_source)

@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.config import IngestConfig
+from pipeline.duplicate_table import duplicates_records
 from pipeline.graph import Row
 from pipeline.ledger import READERS, Marker, fingerprint, require_markers
 from pipeline.schema import (
@@ -62,13 +63,14 @@ def publish_dataset(
         index = pa.concat_tables(tables).sort_by([(n, "ascending") for n in ("bucket", "clip_id")])
     if not index.num_rows:
         raise UserError(
-            f"none of the selected clips of {store.root} could be decoded: see the tables below "
-            f"{store.uri('dead/latents')}"
+            f"none of the selected clips of {store.root} has latents: run `streamdit ingest --only "
+            f"encode` with this selection, or see {store.uri('dead/latents')} if they all failed"
         )
     files.extend(require_markers(store, "text", ["null"])["null"].files)
     assert any(record.path == NULL_TEXT_FILE for record in files)
     selection, record = write_selection(store, index, config.selection.expression)
     files.append(record)
+    files.extend(duplicates_records(store))
     files.sort(key=lambda record: record.path)
     manifest = Manifest(
         fingerprint=content_fingerprint(identity, config.text_encoders, files),

@@ -28,6 +28,7 @@ READERS = 16
 
 STAGE_KINDS: dict[str, tuple[str, ...]] = {
     "curate": ("source", "clip"),
+    "duplicates": ("duplicate",),
     "annotate": ("annotation",),
     "latents": ("latent",),
     "text": ("text",),

@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 
 from pipeline.config import IngestConfig
 from pipeline.dead_letters import DeadLetter, quarantined, read_unit_dead_letters
+from pipeline.duplicate_table import join_duplicates, read_duplicates
 from pipeline.graph import Row
 from pipeline.ledger import (
     MAX_ATTEMPTS,
@@ -87,13 +88,28 @@ def unit_table(store: Store, unit: str) -> pa.Table:
     return clips
 
 
-def select_unit(store: Store, unit: str, config: IngestConfig) -> pa.Table:
+def candidate_table(store: Store, unit: str, duplicates: pa.Table) -> pa.Table:
+    """Clips of a unit with every column that a selection may use."""
+    return join_duplicates(unit_table(store, unit), duplicates)
+
+
+def select_unit(
+    store: Store, unit: str, config: IngestConfig, duplicates: pa.Table | None = None
+) -> pa.Table:
     """Clips of a unit that the selection keeps.
+
+    Args:
+        store: dataset.
+        unit: its unit.
+        config: ingestion configuration.
+        duplicates: the table of near duplicates; none reads it.
 
     Raises:
         UserError: if there are clips of a bucket that is not configured.
     """
-    clips = select_rows(unit_table(store, unit), config.selection.expression)
+    if duplicates is None:
+        duplicates = read_duplicates(store)
+    clips = select_rows(candidate_table(store, unit, duplicates), config.selection.expression)
     buckets = set(clips["bucket"].to_pylist())
     wanted = [shape.name for shape in config.clip.shapes]
     if not buckets <= set(wanted):

@@ -22,6 +22,7 @@ from pipeline.counters import (
     text_counters,
 )
 from pipeline.dead_letters import read_unit_dead_letters
+from pipeline.duplicate_table import duplicates_records, refresh_duplicates
 from pipeline.index import SELECTION_FOLDER, content_fingerprint, relocate, write_manifest
 from pipeline.ledger import CLIPS_INPUT, STAGE_KINDS, Ledger, Marker
 from pipeline.pending import TEXT, TextWork
@@ -117,6 +118,7 @@ def finish_removal(store: Store) -> None:
     for unit in units:
         if unit.name in note.units:
             _rewrite_markers(store, _without(unit, note))
+    refresh_duplicates(store, [u.name for u in units if _without(u, note).sources])
     if note.manifest:
         _republish(store, note.manifest, note.units)
     kept = [_without(unit, note) for unit in units]
@@ -260,13 +262,14 @@ def _republish(store: Store, before: Manifest, touched: Sequence[str]) -> None:
     """Write the next version of the selection, and the manifest over what is left."""
     names = tuple(f"-{unit}-" for unit in touched)
     changed = [r for r in before.files if any(name in r.path for name in names)]
-    same = [r for r in before.files if r not in changed and r.kind != "selection"]
+    rewritten = ("selection", "duplicate")
+    same = [r for r in before.files if r not in changed and r.kind not in rewritten]
     current = _current(store, changed)
     selection, record = relocate(store, before.selection, current)
     for path in walk_parquet(store, SELECTION_FOLDER):
         if path != record.path:
             store.delete(path)  # earlier versions point into shards that have changed
-    files = sorted([*same, *current, record], key=lambda r: r.path)
+    files = sorted([*same, *current, *duplicates_records(store), record], key=lambda r: r.path)
     fingerprint = content_fingerprint(before.autoencoder, before.text_encoders, files)
     update = {"selection": selection, "files": tuple(files), "fingerprint": fingerprint}
     write_manifest(store, before.model_copy(update=update))

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pipeline.annotate import annotate
 from pipeline.check import Problem, check_dataset
 from pipeline.curate import curate_units
+from pipeline.duplicate_table import ALL_UNITS
 from pipeline.encode import encode
 from pipeline.graph import OnProgress
 from pipeline.ledger import STAGE_KINDS, Ledger
@@ -65,7 +66,7 @@ def repair_dataset(dataset_dir: DatasetPath, progress: Progress) -> RepairSummar
 def _drop(store: Store, damaged: set[str]) -> int:
     """Delete files and the markers that list them; returns the number of these."""
     dropped = 0
-    names = [*(unit.name for unit in require_plan(store)), NULL_UNIT]
+    names = [*(unit.name for unit in require_plan(store)), NULL_UNIT, ALL_UNITS]
     for stage in STAGE_KINDS:
         ledger = Ledger(store, stage)
         for unit, marker in ledger.read_all(names).items():

@@ -3,7 +3,7 @@
 dataset/
   manifest.json        Manifest; written last, so a dataset that has one is complete
   plan.json, ledger/   which work there is and what of it is done (for reruns)
-  sources/ clips/ annotations/ dead/      tables of metadata
+  sources/ clips/ duplicates/ annotations/ dead/      tables of metadata
   latents/ text/       shards: one row per clip, same clips in the same order in both
   selection/           versioned index of what one trains on
   autoencoder/         decoder of the latents, where it is a local directory
@@ -33,12 +33,13 @@ NULL_TEXT_FILE = "text/null.parquet"
 NULL_CLIP_ID = ""
 
 FileKind = Literal[
-    "source", "clip", "annotation", "latent", "text", "text-null", "selection", "dead"
+    "source", "clip", "duplicate", "annotation", "latent", "text", "text-null", "selection", "dead"
 ]
 
 FOLDERS: dict[str, str] = {
     "source": "sources",
     "clip": "clips",
+    "duplicate": "duplicates",
     "annotation": "annotations",
     "latent": "latents",
     "text": "text",
@@ -100,9 +101,27 @@ ANNOTATION_SCHEMA = pa.schema(
         ("caption_model", pa.string()),
         ("caption_status", pa.string()),
         ("colourfulness", pa.float64()),
+        ("text_area", pa.float64()),
+        ("clip_similarity", pa.float64()),
+        ("aesthetic", pa.float64()),
+        ("unsafe", pa.float64()),
     ]
 )
 """One row per clip. `caption_status` is `ok`, `missing` (no caption for this clip) or `failed`."""
+
+DUPLICATE_SCHEMA = pa.schema(
+    [
+        ("clip_id", pa.string()),
+        ("duplicate", pa.bool_()),
+        ("duplicate_of", pa.string()),
+        ("duplicates", pa.int32()),
+    ]
+)
+"""One row per clip that has near duplicates, ordered by id.
+
+`duplicate_of` names the clip that stands for its group, the one whose source has most pixels; that
+one itself is no `duplicate`. `duplicates` counts the clips of the group.
+"""
 
 DEAD_LETTER_SCHEMA = pa.schema(
     [

@@ -8,6 +8,7 @@ import operator
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -20,8 +21,8 @@ _COMPARISONS: dict[type[ast.cmpop], Callable[[Any, Any], pc.Expression]] = {
     ast.GtE: operator.ge,
     ast.Eq: operator.eq,
     ast.NotEq: operator.ne,
-    ast.In: lambda left, right: left.isin(right),
-    ast.NotIn: lambda left, right: ~left.isin(right),
+    ast.In: lambda left, right: _is_in(left, right),
+    ast.NotIn: lambda left, right: ~_is_in(left, right),
 }
 _ARITHMETIC: dict[type[ast.operator], Callable[[Any, Any], pc.Expression]] = {
     ast.Add: operator.add,
@@ -32,46 +33,76 @@ _ARITHMETIC: dict[type[ast.operator], Callable[[Any, Any], pc.Expression]] = {
 
 
 def compile_selection(expression: str, columns: Iterable[str]) -> pc.Expression:
-    """Turn a condition such as `motion > 0.3 and not caption == ""` into an Arrow expression.
+    """Turn a condition such as `motion > 0.3 and not duplicate` into an Arrow expression.
 
-    Known are and, or, not, comparisons (also chained), in, + - * /, numbers, texts, true, false
-    and the names in `columns`.
+    Known are and, or, not, comparisons (also chained), in, + - * /, `is None`, numbers, texts,
+    true, false and the names in `columns`. A value that is not there (null: a score that no model
+    measured, a licence that nobody told) makes every comparison with it unknown, and `not unknown`
+    unknown too; `is None` asks for it.
 
     Raises:
         UserError: for anything else, naming it.
     """
-    known = sorted(columns)
-    try:
-        tree = ast.parse(expression.strip(), mode="eval").body
-    except SyntaxError as error:
-        raise UserError(
-            f"selection {expression!r} is not an expression ({error.msg}): write for example "
-            "`motion > 0.3 and blur > 50`"
-        ) from None
-    return _Compiler(expression, known).compile(tree)
+    return _Compiler(expression, sorted(columns)).compile(_parse(expression))
 
 
-def select_rows(table: pa.Table, expression: str) -> pa.Table:
-    """Rows of `table` that fulfil `expression`; an unknown (null) answer leaves a row out.
+def clauses_of(expression: str) -> list[str]:
+    """The conditions that an expression joins with `and`, as text; itself if it joins none."""
+    match _parse(expression):
+        case ast.BoolOp(op=ast.And(), values=values):
+            return [ast.unparse(value) for value in values]
+    return [expression.strip()]
+
+
+def evaluate(table: pa.Table, expression: str) -> np.ndarray:
+    """Whether each row of `table` fulfils `expression`, `bool [rows]`; an unknown answer is no.
 
     Raises:
         UserError: if the expression is wrong or does not fit the columns' types.
     """
     condition = compile_selection(expression, table.column_names)
+    numbers = pa.array(np.arange(table.num_rows))
     try:
-        return table.filter(condition)
+        found = table.append_column("", numbers).filter(condition).column(table.num_columns)
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError, pa.ArrowTypeError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(
             f"selection {expression!r} does not fit the columns ({reason}): compare numbers with "
             "numbers and texts with texts, and make it a condition"
         ) from None
+    kept = np.zeros(table.num_rows, bool)
+    kept[found.to_numpy()] = True
+    return kept
+
+
+def select_rows(table: pa.Table, expression: str) -> pa.Table:
+    """Rows of `table` that fulfil `expression`; raises as :func:`evaluate` does."""
+    return table.filter(pa.array(evaluate(table, expression)))
 
 
 def split_of(source_id: str, held_out_share: float) -> str:
     """`held_out` for about that share of sources, `train` for the rest; by a hash of the id."""
     digest = hashlib.sha256(f"split:{source_id}".encode()).digest()
     return "held_out" if int.from_bytes(digest[:8], "big") < held_out_share * 2**64 else "train"
+
+
+def _parse(expression: str) -> ast.expr:
+    try:
+        return ast.parse(expression.strip(), mode="eval").body
+    except SyntaxError as error:
+        raise UserError(
+            f"selection {expression!r} is not an expression ({error.msg}): write for example "
+            "`motion > 0.3 and blur > 50`"
+        ) from None
+
+
+def _is_in(value: pc.Expression, members: list[Any]) -> pc.Expression:
+    """Membership, unknown for null (Arrow's own says no)."""
+    return pc.if_else(value.is_valid(), value.isin(members), pa.scalar(None, pa.bool_()))
+
+
+def _is_none(node: ast.AST) -> bool:
+    return isinstance(node, ast.Constant) and node.value is None
 
 
 class _Compiler:
@@ -109,6 +140,11 @@ class _Compiler:
         operands = [node.left, *node.comparators]
         joined = None
         for left, op, right in zip(operands, node.ops, operands[1:], strict=False):
+            if isinstance(op, (ast.Is, ast.IsNot)) and _is_none(right):
+                missing = self.compile(left).is_null()
+                part = missing if isinstance(op, ast.Is) else ~missing
+                joined = part if joined is None else joined & part
+                continue
             if type(op) not in _COMPARISONS:
                 raise self._error(f"`{ast.unparse(node)}` is not allowed")
             other = (

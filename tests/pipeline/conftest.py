@@ -114,22 +114,23 @@ def one_thread() -> None:
     torch.set_num_threads(1)
 
 
+SMALL = {
+    "clip": {"frames": 16, "fps": 16, "height": 32, "width": 32, "stride_frames": 16},
+    "scenes": {"detector": "content", "min_scene_s": 0.5, "scan_height": 64},
+    "captions": {"frames": 2},
+    "text_encoders": [{"name": "bytes", "kind": "bytes", "width": 16, "max_tokens": 48}],
+    "selection": {"held_out_share": 0.3},
+    "unit_sources": 2,
+    "workers": 2,
+    "encode": {"batch": 4},
+    "decode": {"deadline_s": 60.0},
+}
+
+
 @pytest.fixture
 def small_config() -> IngestConfig:
     """Clips of one second, 16x32x32, two sources a unit."""
-    return IngestConfig.model_validate(
-        {
-            "clip": {"frames": 16, "fps": 16, "height": 32, "width": 32, "stride_frames": 16},
-            "scenes": {"detector": "content", "min_scene_s": 0.5, "scan_height": 64},
-            "captions": {"frames": 2},
-            "text_encoders": [{"name": "bytes", "kind": "bytes", "width": 16, "max_tokens": 48}],
-            "selection": {"held_out_share": 0.3},
-            "unit_sources": 2,
-            "workers": 2,
-            "encode": {"batch": 4},
-            "decode": {"deadline_s": 60.0},
-        }
-    )
+    return IngestConfig.model_validate(SMALL)
 
 
 @pytest.fixture(scope="session")

@@ -172,6 +172,7 @@ TABLE = pa.table(
         "width": [64, 64, 128, 128],
         "caption": ["x", "", "y", "z"],
         "duplicate": [False, True, False, False],
+        "licence": ["CC0", None, "CC-BY", None],
     }
 )
 
@@ -190,6 +191,14 @@ TABLE = pa.table(
         ("caption in ['x', 'z']", "ad"),
         ("caption not in ('x', 'z') and width / 64 == 1", "b"),
         ('caption != ""', "acd"),
+        ("not motion > 0.3", "a"),  # d has no motion: unknown, and so is its opposite
+        ("motion > 0.3 or duplicate", "bc"),
+        ("motion > 0.3 or width == 128", "bcd"),
+        ("motion is None or motion < 0.2", "ad"),
+        ("licence is not None and motion > 0", "ac"),
+        ("licence in ['CC0']", "a"),
+        ("licence not in ['CC0']", "c"),
+        ("not licence in ['CC0']", "c"),
     ],
 )
 def test_selection_expressions(expression, kept):

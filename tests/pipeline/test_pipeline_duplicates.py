@@ -1,0 +1,140 @@
+import cv2
+import numpy as np
+import pytest
+from conftest import scene_pictures, write_video
+
+from pipeline.check import check_dataset
+from pipeline.curate import curate
+from pipeline.duplicate_table import DUPLICATES_FILE, join_duplicates, read_duplicates
+from pipeline.duplicates import duplicate_rows, find_groups
+from pipeline.removal import remove_source
+from pipeline.schema import read_clips
+from pipeline.store import open_store
+
+
+def flip(code: bytes, bits) -> bytes:
+    value = int.from_bytes(code, "big")
+    for bit in bits:
+        value ^= 1 << int(bit)
+    return value.to_bytes(24, "big")
+
+
+def groups_by_comparing_all(codes, max_distance):
+    """Slow reference: join every close pair, smallest index names the group."""
+    group = list(range(len(codes)))
+    numbers = [int(code, 16) for code in codes]
+    for i in range(len(codes)):
+        for j in range(i):
+            if (numbers[i] ^ numbers[j]).bit_count() <= max_distance:
+                old, new = max(group[i], group[j]), min(group[i], group[j])
+                group = [new if g == old else g for g in group]
+    return group
+
+
+@pytest.mark.parametrize("max_distance", [0, 4, 11])
+def test_no_close_pair_is_missed(max_distance):
+    generator = np.random.default_rng(max_distance)
+    bases = [generator.bytes(24) for _ in range(12)]
+    codes = [
+        flip(bases[generator.integers(12)], generator.integers(0, 192, generator.integers(0, 9)))
+        for _ in range(120)
+    ]
+    hashes = [code.hex() for code in codes]
+    expected = groups_by_comparing_all(hashes, max_distance)
+    assert find_groups(hashes, max_distance).tolist() == expected
+    assert 12 <= len(set(expected)) < 120
+
+
+def test_pairs_that_differ_in_every_band_but_one_are_found():
+    code = bytes(24)
+    spread = flip(code, range(0, 11 * 16, 16))  # one bit in each of eleven of twelve bands
+    assert find_groups([code.hex(), spread.hex()], 11).tolist() == [0, 0]
+    assert find_groups([code.hex(), flip(spread, [180]).hex()], 11).tolist() == [0, 1]
+
+
+def test_many_equal_hashes_cost_no_more_than_one():
+    hashes = ["00" * 24] * 30_000 + ["ff" * 24]
+    groups = find_groups(hashes, 11)
+    assert groups[:30_000].max() == 0
+    assert groups[30_000] == 30_000
+
+
+def test_groups_do_not_depend_on_the_order_and_the_largest_source_stays():
+    generator = np.random.default_rng(3)
+    base, other = generator.bytes(24), generator.bytes(24)
+    clips = {
+        "clip_id": ["c", "a", "d", "b", "x"],
+        "phash": [
+            base.hex(),
+            flip(base, [5]).hex(),
+            flip(base, [9]).hex(),
+            base.hex(),
+            other.hex(),
+        ],
+    }
+    pixels = [100, 100, 400, 400, 900]
+    rows = list(duplicate_rows(clips, pixels, 11))
+    assert rows == [
+        {"clip_id": i, "duplicate_of": "b", "duplicate": i != "b", "duplicates": 4} for i in "abcd"
+    ]
+    order = [3, 0, 4, 2, 1]
+    shuffled = {name: [values[i] for i in order] for name, values in clips.items()}
+    assert list(duplicate_rows(shuffled, [pixels[i] for i in order], 11)) == rows
+    assert list(duplicate_rows({"clip_id": [], "phash": []}, [], 11)) == []
+
+
+def textured(seed, frames=32, size=96):
+    """A drifting texture, which has a hash of its own."""
+    noise = np.random.default_rng(seed).integers(30, 220, (9, 9, 3), np.uint8)
+    wide = cv2.resize(noise, (size + frames, size), interpolation=cv2.INTER_CUBIC)
+    return [np.ascontiguousarray(wide[:, i // 4 : i // 4 + size]) for i in range(frames)]
+
+
+def test_copies_in_other_sizes_and_encodings_are_duplicates_in_the_dataset(
+    tmp_path, small_config, without_ray
+):
+    videos = tmp_path / "videos"
+    for seed in (1, 2):
+        write_video(videos / f"v{seed}.mp4", textured(seed))
+    small = [cv2.resize(p, (64, 64), interpolation=cv2.INTER_AREA) for p in textured(1)]
+    write_video(videos / "copy.mkv", small, options={"crf": "30"})
+    dataset = tmp_path / "data"
+    summary = curate([str(videos)], dataset, small_config)
+    store = open_store(dataset)
+    clips = join_duplicates(read_clips(dataset), read_duplicates(store)).to_pylist()
+    names = {clip["clip_id"]: clip["uri"].rsplit("/", 1)[-1] for clip in clips}
+    assert summary.duplicates == 2
+    assert {(names[c["clip_id"]], c["start_s"], c["duplicate"]) for c in clips} == {
+        *(("v1.mp4", s, False) for s in (0.0, 1.0)),
+        *(("v2.mp4", s, False) for s in (0.0, 1.0)),
+        *(("copy.mkv", s, True) for s in (0.0, 1.0)),
+    }
+    assert {names[c["duplicate_of"]] for c in clips if c["duplicate"]} == {"v1.mp4"}
+    written = (dataset / DUPLICATES_FILE).stat().st_mtime_ns
+    curate([str(videos)], dataset, small_config)
+    assert (dataset / DUPLICATES_FILE).stat().st_mtime_ns == written
+    write_video(videos / "other.mp4", scene_pictures((30, 40, 200), 16))
+    curate([str(videos)], dataset, small_config)
+    assert (dataset / DUPLICATES_FILE).stat().st_mtime_ns > written
+    assert read_duplicates(store).num_rows == 4
+
+
+def test_when_the_clip_that_stands_for_others_is_removed_another_takes_its_place(
+    tmp_path, small_config, without_ray
+):
+    videos = tmp_path / "videos"
+    for name, crf in (("a.mp4", "12"), ("b.mp4", "20"), ("c.mp4", "26")):
+        write_video(videos / name, textured(1, frames=16), options={"crf": crf})
+    dataset = tmp_path / "data"
+    curate([str(videos)], dataset, small_config)
+    store = open_store(dataset)
+    (before,) = set(read_duplicates(store)["duplicate_of"].to_pylist())
+    uris = {clip["clip_id"]: clip["uri"] for clip in read_clips(dataset).to_pylist()}
+    remove_source(dataset, uris[before])
+    after = read_duplicates(store).to_pylist()
+    assert len(after) == 2
+    assert before not in {row["clip_id"] for row in after} | {row["duplicate_of"] for row in after}
+    assert sorted(row["duplicate"] for row in after) == [False, True]
+    assert check_dataset(dataset).problems == ()
+    (dataset / DUPLICATES_FILE).write_bytes(b"damaged")
+    assert [problem.path for problem in check_dataset(dataset).problems] == [DUPLICATES_FILE]
