@@ -8,7 +8,9 @@ from typing import Annotated, Literal
 import typer
 
 from jobs.console import progress, say
+from streamdit.config import StreamDiTConfig
 from streamdit.errors import UserError
+from streamdit.io import AUTOENCODER_FOLDER
 
 Precision = Literal["stored", "bfloat16", "float32"]
 
@@ -67,16 +69,30 @@ def command(
         config = convert(
             source, out, shape, dtype, lambda done, total: on_progress(done, total, {})
         )
-    bucket = config.model.buckets[0]
-    factor = config.autoencoder.spatial_factor
+    _say_what_next(out, config, frames)
+
+
+def _say_what_next(out: Path, config: StreamDiTConfig, frames: int) -> None:
+    """What was written, and the commands that train it to stream."""
+    bucket, factor = config.model.buckets[0], config.autoencoder.spatial_factor
+    height, width = bucket.height * factor, bucket.width * factor
     say(
-        f"wrote {out}: {frames} frames of {bucket.height * factor}×{bucket.width * factor}, "
-        f"{bucket.frames} latents, windows of {'×'.join(map(str, bucket.window))} tokens"
+        f"wrote {out}: {frames} frames of {height}×{width}, {bucket.frames} latents, "
+        f"windows of {'×'.join(map(str, bucket.window))} tokens"
     )
+    copied = out / AUTOENCODER_FOLDER
+    autoencoder = copied if copied.is_dir() else config.autoencoder.source
+    clip = bucket.frames * config.autoencoder.temporal_factor
+    encoder = config.text_encoders[0]
+    fields = ("name", "kind", "source", "width", "max_tokens")
+    text = ", ".join(f"{name}: {getattr(encoder, name)}" for name in fields)
+    say("it makes ordinary clips until it is trained to stream, on data with its own encoders:")
     say(
-        "it makes ordinary clips until it is trained to stream: streamdit train DATA --from "
-        f"{out} --out runs/stream"
+        f"  streamdit ingest VIDEOS --out DATA --autoencoder {autoencoder} clip.frames={clip} "
+        f"clip.fps={config.fps:g} clip.height={height} clip.width={width} "
+        f"'text_encoders=[{{{text}}}]'"
     )
+    say(f"  streamdit train DATA --from {out} --out RUN")
 
 
 def _numbers(option: str, text: str | None, count: int) -> tuple[int, ...] | None:
