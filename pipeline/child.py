@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from multiprocessing.connection import Connection, Pipe
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 ALARM_GRACE_S = 10
+PARENT_CHECK_S = 1.0
 CRASHED = "DecoderCrashed"
 TIMED_OUT = "DeadlineExceeded"
 """Error classes of a call that took its process with it, or its deadline."""
@@ -196,19 +198,27 @@ def describe_error(error: Exception) -> tuple[str, str, bool]:
     return type(error).__name__, message, transient
 
 
+def end_with_parent(parent: int) -> None:
+    """End this process soon after the process `parent` is gone, in the middle of a call too."""
+    while os.getppid() == parent:
+        time.sleep(PARENT_CHECK_S)
+    os._exit(1)
+
+
 def serve(connection: Connection, threads: int) -> None:
     """Answer calls until the parent is gone."""
     import cv2
 
     cv2.setNumThreads(threads)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=end_with_parent, args=(os.getppid(),), daemon=True).start()
     while True:
         try:
             function, args, deadline_s = connection.recv()
         except EOFError:
             return
-        # If the parent dies, nobody else ends a decoder that holds the interpreter's lock: the
-        # alarm's default action needs no interpreter.
+        # If the parent dies, nobody else ends a decoder that holds the interpreter's lock (which
+        # the thread that watches the parent needs too): the alarm's default action needs none.
         signal.alarm(math.ceil(deadline_s) + ALARM_GRACE_S)
         try:
             answer = ("ok", function(*args))

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 # decord keeps what it decoded since the last seek for as long as its reader is open, so a reader
 # serves only a few frames.
 FRAMES_PER_READER = 16
+MPEG_STREAMS = ("mpegts", "mpeg")
 
 
 class DecodeError(ValueError):
@@ -225,7 +226,7 @@ def read_sparse(uri: str, times: list[float], height: int | None) -> list[np.nda
         import decord
     except ImportError:
         return read_sparse_pyav(uri, times, height)
-    if not is_local_file(uri):
+    if not is_local_file(uri) or not decord_is_right(uri):
         return read_sparse_pyav(uri, times, height)
     try:
         return read_sparse_decord(uri, times, height)
@@ -233,6 +234,16 @@ def read_sparse(uri: str, times: list[float], height: int | None) -> list[np.nda
         # decord carries an older FFmpeg, which lacks some codecs and pixel formats, and it fails on
         # videos that are rotated by a quarter turn.
         return read_sparse_pyav(uri, times, height)
+
+
+def decord_is_right(uri: str) -> bool:
+    """Whether decord shows the video at `uri` as it is.
+
+    In MPEG streams it seeks to a keyframe too late, and it leaves oblong pixels oblong.
+    """
+    with open_stream(uri) as (container, stream):
+        is_square = (stream.sample_aspect_ratio or 1) == 1
+        return is_square and container.format.name not in MPEG_STREAMS
 
 
 def read_sparse_decord(uri: str, times: list[float], height: int | None) -> list[np.ndarray]:
@@ -310,7 +321,7 @@ def frames_from(
     limit = time_s + tolerance_s(stream)
     for back_s in (0.0, 2.0, 10.0, None):
         from_start = back_s is None or time_s - back_s <= 0
-        target = 0.0 if from_start else time_s - (back_s or 0.0)
+        target = start_of_seeks_s(container) if from_start else time_s - (back_s or 0.0)
         ticks = round((target + start_time_s(stream)) / stream.time_base)
         container.seek(ticks, stream=stream, backward=True)
         frames = container.decode(stream)
@@ -322,6 +333,15 @@ def frames_from(
             yield first
             yield from frames
             return
+
+
+def start_of_seeks_s(container: InputContainer) -> float:
+    """Where to seek for the first frame, seconds from the stream's start.
+
+    MPEG streams are searched by decoding times, which come before presentation times; some other
+    containers refuse a time before their start.
+    """
+    return -1.0 if container.format.name in MPEG_STREAMS else 0.0
 
 
 def shrink(picture: np.ndarray, height: int | None) -> np.ndarray:
