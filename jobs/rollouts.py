@@ -214,8 +214,9 @@ class RolloutActor:
         import torch
 
         from streamdit.text.base import TextStates
-        from training.data import Batch, sample_generator
+        from training.data import Batch
         from training.objective import stack_draws
+        from training.order import sample_generator
 
         dataset, seed = self.datasets[unit.split], self.config.seed
 

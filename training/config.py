@@ -101,6 +101,16 @@ class ValidationConfig(StrictModel):
     """Held-out clips per validation (fewer if the data set has fewer); 0 switches it off."""
 
 
+class DataConfig(StrictModel):
+    """Reading of the data set, beside the model's work."""
+
+    processes: int = Field(default=0, ge=0)
+    """Loader processes per worker; 0 reads in a thread. More help when `data wait` is not near 0%,
+    and each takes a CPU and its own cache of shards."""
+    ahead: int = Field(default=2, gt=0)
+    """Steps that the thread, or each process, reads ahead."""
+
+
 class RunConfig(StrictModel):
     """What every run of the trainer has, whatever its objective."""
 
@@ -137,6 +147,8 @@ class RunConfig(StrictModel):
     """Saved states."""
     validation: ValidationConfig = ValidationConfig()
     """Held-out loss."""
+    data: DataConfig = DataConfig()
+    """Reading."""
     launch: LaunchConfig = LaunchConfig()
     """Worker processes."""
     tracking: TrackingConfig = TrackingConfig()

@@ -1,22 +1,17 @@
-"""Latent clips in training order.
-
-The order is a pure function of (seed, step): the whole state of the loader is one integer, and a
-resumed run sees what the uninterrupted one would have seen, on any number of workers.
-"""
+"""Latent clips of a dataset directory: checked against a model, and read one by one."""
 
 from __future__ import annotations
 
 import zlib
-from collections import OrderedDict, deque
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from functools import lru_cache
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 from torch import Tensor
@@ -25,6 +20,7 @@ from pipeline.schema import Manifest, decode_tensor, encode_tensor, load_manifes
 from streamdit.autoencoder.base import latent_statistics
 from streamdit.config import DiTConfig, StreamDiTConfig, TextEncoderConfig
 from streamdit.errors import UserError
+from streamdit.hashing import file_sha256
 from streamdit.text.base import TextStates
 
 
@@ -47,14 +43,40 @@ class Batch:
     sample_indices: list[int]
 
     def to(self, device: torch.device) -> Batch:
-        """Copy to `device`."""
-        return Batch(
-            self.latents.to(device, non_blocking=True),
-            self.text.to(device),
-            self.null_text.to(device),
-            self.clip_ids,
-            self.sample_indices,
+        """Copy to `device`; from pinned memory without waiting for it."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> Batch:
+        """Copy to pinned memory."""
+        return self._map(Tensor.pin_memory)
+
+    def used_by(self, stream: torch.cuda.Stream) -> Batch:
+        """Say that `stream` works on these tensors, which another stream made."""
+
+        def record(tensor: Tensor) -> Tensor:
+            tensor.record_stream(stream)
+            return tensor
+
+        return self._map(record)
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> Batch:
+        def of(text: TextStates) -> TextStates:
+            return TextStates({name: (function(a), function(b)) for name, (a, b) in text.items()})
+
+        return replace(
+            self,
+            latents=function(self.latents),
+            text=of(self.text),
+            null_text=of(self.null_text),
         )
+
+
+ADDRESS = [
+    "clip_id",
+    *("latent_file", "latent_row_group", "latent_row"),
+    *("text_file", "text_row_group", "text_row"),
+]
+"""Columns of the selection that say where a clip lies."""
 
 
 class RowGroups:
@@ -65,6 +87,10 @@ class RowGroups:
         self.budget_bytes = budget_bytes
         self._cache: OrderedDict[tuple[str, int], pa.Table] = OrderedDict()
         self._bytes = 0
+
+    def __reduce__(self) -> tuple[type[RowGroups], tuple[Path, int]]:
+        """Travel to another process without what is cached."""
+        return RowGroups, (self.root, self.budget_bytes)
 
     def row(self, file: str, group: int, row: int) -> dict[str, Any]:
         """One row, by its address."""
@@ -117,11 +143,18 @@ class LatentDataset:
         self.directory = Path(directory)
         self.manifest: Manifest = load_manifest(self.directory)
         self.split = split
-        table = pq.read_table(self.directory / self.manifest.selection.path)
-        self._index = [row for row in table.to_pylist() if row["split"] == split]
-        self.buckets: dict[str, list[int]] = {}
-        for position, row in enumerate(self._index):
-            self.buckets.setdefault(row["bucket"], []).append(position)
+        table = pq.read_table(
+            self.directory / self.manifest.selection.path, columns=[*ADDRESS, "bucket", "split"]
+        )
+        # Millions of clips stay a compact table; as objects they would fill the memory.
+        table = table.filter(pc.equal(table["split"], split)).combine_chunks()
+        self._index = table.select(ADDRESS)
+        buckets = table["bucket"].combine_chunks().dictionary_encode()
+        codes = buckets.indices.to_numpy()
+        self.buckets = {
+            name: np.flatnonzero(codes == code)
+            for code, name in enumerate(buckets.dictionary.to_pylist())
+        }
         self._groups = RowGroups(self.directory)
         self._names = [encoder.name for encoder in self.manifest.text_encoders]
         self._shift, self._scale = latent_statistics(self.manifest.autoencoder)
@@ -132,7 +165,38 @@ class LatentDataset:
     @property
     def clip_ids(self) -> list[str]:
         """Identity of each clip, by position."""
-        return [row["clip_id"] for row in self._index]
+        ids: list[str] = self._index["clip_id"].to_pylist()
+        return ids
+
+    def check_files(self, share: int = 0, of: int = 1) -> None:
+        """Refuse a data set whose files are not those of its manifest.
+
+        The selection is hashed; shards, which may be terabytes, are held against their size (each
+        row has a checksum of its own, which is looked at when it is read).
+
+        Args:
+            share: which share of the files to look at, for workers that divide the work.
+            of: number of shares.
+
+        Raises:
+            UserError: naming the file and what differs.
+        """
+        trained_on = ("latent", "text", "text-null", "selection")
+        files = [file for file in self.manifest.files if file.kind in trained_on]
+        for file in files[share::of]:
+            path = self.directory / file.path
+            if not path.is_file():
+                problem = "is missing"
+            elif path.stat().st_size != file.bytes:
+                problem = f"has {path.stat().st_size} bytes instead of {file.bytes}"
+            elif file.kind == "selection" and file_sha256(path) != file.sha256:
+                problem = "has another content (SHA-256 differs)"
+            else:
+                continue
+            raise UserError(
+                f"{self.directory}: {file.path} {problem}, so it is not the file that the "
+                "manifest speaks of; copy the data set again, or run `streamdit ingest` on it"
+            )
 
     def check_fits(self, model: DiTConfig, autoencoder: str | None = None) -> None:
         """Refuse a data set that this model cannot be trained on.
@@ -178,7 +242,7 @@ class LatentDataset:
                     f"{self.directory}: bucket {bucket.name} has {frames} latent frames but the "
                     f"buffer needs {needed}; ingest longer clips (clip.frames)"
                 )
-        if not self._index:
+        if not len(self):
             raise UserError(
                 f"{self.directory}: the selection has no clip in split {self.split!r}; loosen the "
                 "selection expression or add videos"
@@ -210,7 +274,7 @@ class LatentDataset:
         A clip longer than the buffer gives a window drawn from it. Every stored latent stands for
         a whole group of frames: where an autoencoder's first does not, it was not stored.
         """
-        address = self._index[position]
+        address = self._index.slice(position, 1).to_pylist()[0]
         row = self._groups.row(
             address["latent_file"], address["latent_row_group"], address["latent_row"]
         )
@@ -240,129 +304,3 @@ class LatentDataset:
 def _names(encoders: Sequence[TextEncoderConfig]) -> str:
     """Text encoders for a message."""
     return ", ".join(f"{e.name} ({e.source or e.kind}, {e.max_tokens} tokens)" for e in encoders)
-
-
-class BatchOrder:
-    """Which clips make up global batch number `step`; a pure function of (seed, step).
-
-    Each bucket's clips form an endless sequence of shuffled epochs that is cut into global
-    batches, so what is left of one epoch begins the next. An epoch's batches of all buckets are
-    shuffled among each other; a batch never mixes buckets.
-    """
-
-    def __init__(self, buckets: dict[str, list[int]], global_batch: int, seed: int) -> None:
-        self.buckets = {name: buckets[name] for name in sorted(buckets)}
-        self.global_batch = global_batch
-        self.seed = seed
-        self._plan = lru_cache(maxsize=4)(self._plan_epoch)
-        self._permutation = lru_cache(maxsize=4 * len(buckets))(self._permute)
-        self._ends = [0]
-
-    def batch(self, step: int) -> list[int]:
-        """Positions of the clips in global batch `step`."""
-        epoch = self.epoch(step)
-        name, number = self._plan(epoch)[step - self._ends[epoch]]
-        clips = self.buckets[name]
-        positions = range(number * self.global_batch, (number + 1) * self.global_batch)
-        return [
-            clips[self._permutation(name, place // len(clips))[place % len(clips)]]
-            for place in positions
-        ]
-
-    def epoch(self, step: int) -> int:
-        """The epoch that global batch `step` belongs to."""
-        while self._ends[-1] <= step:
-            self._ends.append(self._ends[-1] + len(self._plan(len(self._ends) - 1)))
-        return int(np.searchsorted(self._ends, step, side="right")) - 1
-
-    def _plan_epoch(self, epoch: int) -> list[tuple[str, int]]:
-        """(bucket, batch number within the bucket) of every global batch of an epoch."""
-        batches = [
-            (name, number)
-            for name, clips in self.buckets.items()
-            for number in range(
-                epoch * len(clips) // self.global_batch,
-                (epoch + 1) * len(clips) // self.global_batch,
-            )
-        ]
-        order = np.random.default_rng([self.seed, epoch]).permutation(len(batches))
-        return [batches[index] for index in order]
-
-    def _permute(self, name: str, epoch: int) -> list[int]:
-        key = zlib.crc32(name.encode())
-        generator = np.random.default_rng([self.seed, key, epoch])
-        return generator.permutation(len(self.buckets[name])).tolist()
-
-
-def sample_generator(seed: int, step: int, index: int, purpose: str) -> torch.Generator:
-    """Generator of one sample's draws: a pure function of its place in the run."""
-    entropy = [seed, step, index, zlib.crc32(purpose.encode())]
-    state = np.random.SeedSequence(entropy).generate_state(1, np.uint64)
-    return torch.Generator().manual_seed(int(state[0] >> np.uint64(1)))
-
-
-class BatchLoader:
-    """Micro-batches of one rank, read ahead in a background thread.
-
-    Args:
-        dataset: clips to read.
-        order: which clips a step takes.
-        frames: latent frames of the model's buffer.
-        rank: this worker.
-        world_size: number of workers; rank r takes the r-th slice of every global batch.
-        micro_batch: clips per micro-batch.
-        ahead: steps read ahead.
-    """
-
-    def __init__(
-        self,
-        dataset: LatentDataset,
-        order: BatchOrder,
-        frames: int,
-        rank: int,
-        world_size: int,
-        micro_batch: int,
-        ahead: int = 2,
-    ) -> None:
-        self.dataset = dataset
-        self.order = order
-        self.frames = frames
-        self.micro_batch = micro_batch
-        self.ahead = ahead
-        share = order.global_batch // world_size
-        self._slice = range(rank * share, (rank + 1) * share)
-        self._null_text = dataset.null_text()
-
-    def steps(self, first: int, last: int) -> Iterator[list[Batch]]:
-        """Micro-batches of steps `first` ... `last - 1`, a list per step."""
-        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="loader") as pool:
-            pending: deque[Future[list[Batch]]] = deque()
-            for step in range(first, last):
-                while len(pending) <= self.ahead and step + len(pending) < last:
-                    pending.append(pool.submit(self._load, step + len(pending)))
-                yield pending.popleft().result()
-
-    def _load(self, step: int) -> list[Batch]:
-        clips = self.order.batch(step)
-        return [
-            self.collate(clips, list(self._slice[start : start + self.micro_batch]), step)
-            for start in range(0, len(self._slice), self.micro_batch)
-        ]
-
-    def collate(self, clips: Sequence[int], indices: list[int], step: int) -> Batch:
-        """The clips of a global batch at `indices`, as one micro-batch."""
-        samples = [
-            self.dataset.sample(
-                clips[index],
-                self.frames,
-                sample_generator(self.order.seed, step, index, "window"),
-            )
-            for index in indices
-        ]
-        return Batch(
-            torch.stack([sample["latents"] for sample in samples]),
-            TextStates.collate([sample["text"] for sample in samples]),
-            self._null_text,
-            [sample["clip_id"] for sample in samples],
-            indices,
-        )

@@ -16,6 +16,13 @@ from training.config import RunConfig
 MakeObjective = Callable[..., Any]
 """`(job, device) -> training.objective.Objective`; a module-level function."""
 
+FREE_SETTINGS = (
+    *("launch", "tracking", "data", "log_every", "checkpoint", "validation", "skip_limit"),
+    *("micro_batch", "zero_stage", "offload_optimizer", "activation_checkpointing"),
+)
+"""Settings that may change between parts of a run: its numbers stay the same, with those of the
+second line up to rounding."""
+
 
 @dataclass(frozen=True)
 class TrainJob:
@@ -59,9 +66,7 @@ class TrainJob:
 
     def identity(self) -> dict[str, Any]:
         """All that decides the run's numbers: configuration, data set and parent."""
-        settings = self.config.model_dump(
-            mode="json", exclude={"launch", "tracking", "log_every", "checkpoint"}
-        )
+        settings = self.config.model_dump(mode="json", exclude=set(FREE_SETTINGS))
         for name in ("model", "partition", "sampling"):
             settings[name] = getattr(self, name).model_dump(mode="json")
         settings["dataset"] = file_sha256(Path(self.dataset) / "manifest.json")

@@ -38,6 +38,7 @@ def train_loop(job: TrainJob) -> None:
     torch.manual_seed(config.seed)
     dataset = LatentDataset(job.dataset, "train")
     model, start_config = _starting_model(job)
+    dataset.check_files(world.rank, world.size)
     dataset.check_fits(model.config, config.autoencoder)
     if start_config is not None:
         dataset.check_continues(start_config)

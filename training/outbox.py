@@ -62,12 +62,13 @@ class Outbox:
                 self._keep([call])
             self._changed.notify()
 
-    def close(self, wait_s: float = CLOSE_WAIT_S) -> int:
-        """Send what is left, for about `wait_s` seconds at most.
+    def close(self, wait_s: float | None = None) -> int:
+        """Send what is left, for about `wait_s` seconds at most (:data:`CLOSE_WAIT_S`).
 
         Returns:
             Records that could not be sent; they stay in the file.
         """
+        wait_s = CLOSE_WAIT_S if wait_s is None else wait_s
         with self._changed:
             self._closing_at = time.monotonic() + wait_s
             self._changed.notify()

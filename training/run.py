@@ -9,14 +9,16 @@ from typing import Any
 import torch
 
 from training.checkpoint import CheckpointFacts, load_checkpoint, save_checkpoint
-from training.data import Batch, BatchLoader, BatchOrder, LatentDataset, sample_generator
+from training.data import Batch, LatentDataset
 from training.ema import ExponentialMovingAverage
 from training.engine import World, set_learning_rate
 from training.failures import SkippedSteps, memory_errors
 from training.job import TrainJob
+from training.loader import BatchLoader
 from training.means import Means
 from training.metrics import StepMeter, device_peak_flops
 from training.objective import Mean, Objective, stack_draws
+from training.order import BatchOrder, sample_generator
 from training.records import Records
 from training.schedule import learning_rate
 from training.stop import Interrupted, StopRequest
@@ -72,7 +74,8 @@ class Run:
 
     def _loader(self, dataset: LatentDataset, order: BatchOrder, micro: int) -> BatchLoader:
         frames = self.job.model.buffer_frames
-        return BatchLoader(dataset, order, frames, self.world.rank, self.world.size, micro)
+        world = self.world
+        return BatchLoader(dataset, order, frames, world.rank, world.size, micro, self.config.data)
 
     def train(self, stop: StopRequest) -> None:
         """Steps from the current one to the last.
@@ -83,7 +86,7 @@ class Run:
         config = self.config
         meter = self._meter()
         waiting = time.perf_counter()
-        for batches in self.loader.steps(self.step, config.steps):
+        for batches in self.loader.steps(self.step, config.steps, self.world.device):
             started = time.perf_counter()
             waited = started - waiting
             with memory_errors(config, self.engine.module, batches, self.world):

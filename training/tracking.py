@@ -16,6 +16,9 @@ from training.outbox import Call, Outbox, Unreachable
 
 logger = logging.getLogger(__name__)
 
+MOST_REASON = 120
+"""Characters of a failed request's message that are shown."""
+
 MOST_PARAMS = 100
 MOST_METRICS = 1000
 """What MLflow takes in one request."""
@@ -54,6 +57,7 @@ def make_client(config: TrackingConfig) -> Any:
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
     logging.getLogger("alembic").setLevel(logging.WARNING)
+    logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
     logging.getLogger("mlflow").setLevel(logging.WARNING)
     return MlflowClient(tracking_uri=tracking_uri(config))
 
@@ -199,8 +203,8 @@ class Tracker:
             self._write(calls[:together])
         except (MlflowException, RequestException, OSError) as error:
             if not _is_permanent(error):
-                reason = str(error).splitlines()[0]
-                raise Unreachable(f"MLflow cannot be reached ({reason})") from None
+                reason = str(error).splitlines()[0][:MOST_REASON]
+                raise Unreachable(f"MLflow cannot be reached ({reason} ...)") from None
             logger.warning("MLflow refuses a record, which is dropped: %s", error)
         return together
 

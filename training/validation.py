@@ -5,10 +5,12 @@ from __future__ import annotations
 import torch
 
 from streamdit.flow import VelocityFunction
-from training.data import BatchLoader, LatentDataset, sample_generator
+from training.data import LatentDataset
 from training.engine import World
+from training.loader import BatchLoader
 from training.means import Means
 from training.objective import Objective, stack_draws
+from training.order import sample_generator
 
 VALIDATION_SEED = 1_000_003
 

@@ -1,5 +1,6 @@
 """Data order and reading: pure functions of (seed, step), checked against the shards."""
 
+import re
 import shutil
 
 import pyarrow.parquet as pq
@@ -11,7 +12,10 @@ from model_directory import model_config as parent_config
 from pipeline.schema import decode_tensor
 from streamdit.config import DiTConfig
 from streamdit.errors import UserError
-from training.data import BatchLoader, BatchOrder, LatentDataset, sample_generator
+from training.config import DataConfig
+from training.data import LatentDataset, RowGroups
+from training.loader import BatchLoader
+from training.order import BatchOrder, sample_generator
 
 BUCKETS = {"wide": list(range(0, 23)), "tall": list(range(23, 40))}
 
@@ -176,14 +180,17 @@ def test_clips_as_long_as_the_buffer_serve_where_a_first_frame_stands_alone(data
     assert dataset.sample(0, 4, torch.Generator())["latents"].shape[0] == 4
 
 
-def test_damaged_latents_are_noticed(dataset_dir, tmp_path):
-    copy = tmp_path / "copy"
-    shutil.copytree(dataset_dir, copy)
+def spoil_checksums(copy):
     table = pq.read_table(copy / "latents/a.parquet")
     crc = table.schema.get_field_index("latent_crc")
     wrong = [value + 1 for value in table.column("latent_crc").to_pylist()]
     table = table.set_column(crc, table.schema.field(crc), [wrong])
     pq.write_table(table, copy / "latents/a.parquet", row_group_size=5)
+
+
+def test_damaged_latents_are_noticed(dataset_dir, tmp_path):
+    copy = shutil.copytree(dataset_dir, tmp_path / "copy")
+    spoil_checksums(copy)
     with pytest.raises(UserError, match=r"latent of clip clip-0\d\d is damaged"):
         LatentDataset(copy, "train").sample(0, 4, torch.Generator())
 
@@ -198,3 +205,79 @@ def test_latents_and_text_of_other_encoders_than_the_parents_are_refused(dataset
     longer = (ENCODERS[0].model_copy(update={"max_tokens": 99}),)
     with pytest.raises(UserError, match=r"bytes \(bytes, 99 tokens\)"):
         dataset.check_continues(parent_config(identity, text_encoders=longer))
+
+
+def test_loader_processes_give_the_batches_of_the_thread(dataset_dir):
+    dataset = LatentDataset(dataset_dir, "train")
+    order = BatchOrder(dataset.buckets, 8, seed=1)
+
+    def loader(processes):
+        config = DataConfig(processes=processes, ahead=2)
+        return BatchLoader(dataset, order, 4, 0, 1, micro_batch=4, config=config)
+
+    for expected, found in zip(loader(0).steps(2, 7), loader(2).steps(2, 7), strict=True):
+        for a, b in zip(expected, found, strict=True):
+            assert a.clip_ids == b.clip_ids
+            assert a.sample_indices == b.sample_indices
+            assert torch.equal(a.latents, b.latents)
+            for name, (values, mask) in a.text.items():
+                assert torch.equal(values, b.text[name][0])
+                assert torch.equal(mask, b.text[name][1])
+
+
+def test_a_mistake_met_by_a_loader_process_is_the_same_one_line(dataset_dir, tmp_path):
+    copy = shutil.copytree(dataset_dir, tmp_path / "copy")
+    spoil_checksums(copy)
+    dataset = LatentDataset(copy, "train")
+    order = BatchOrder(dataset.buckets, 8, seed=1)
+    loader = BatchLoader(dataset, order, 4, 0, 1, 8, DataConfig(processes=1))
+    with pytest.raises(UserError, match=r"latent of clip clip-0\d\d is damaged") as caught:
+        next(loader.steps(0, 3))
+    assert "\n" not in str(caught.value)
+
+
+def test_the_cache_of_row_groups_stays_within_its_budget(dataset_dir):
+    addresses = [(group, row) for group in range(4) for row in range(5)] * 2
+    groups = RowGroups(dataset_dir, budget_bytes=1)
+    roomy = RowGroups(dataset_dir)
+    for group, row in addresses:
+        assert groups.row("latents/a.parquet", group, row) == roomy.row(
+            "latents/a.parquet", group, row
+        )
+        assert len(groups._cache) == 1
+    assert len(roomy._cache) == 4
+    size = pq.read_table(dataset_dir / "latents/a.parquet").nbytes
+    assert roomy._bytes <= size
+
+
+@pytest.mark.parametrize(
+    ("path", "damage", "told"),
+    [
+        ("latents/a.parquet", lambda path: path.unlink(), "latents/a.parquet is missing"),
+        (
+            "text/a.parquet",
+            lambda path: path.write_bytes(path.read_bytes()[:-9]),
+            r"text/a.parquet has \d+ bytes instead of \d+",
+        ),
+        (
+            "selection/v1.parquet",
+            lambda path: path.write_bytes(path.read_bytes()[:-9] + b"123456789"),
+            "selection/v1.parquet has another content",
+        ),
+    ],
+)
+def test_files_that_are_not_the_manifests_are_refused_by_name(
+    dataset_dir, tmp_path, path, damage, told
+):
+    copy = shutil.copytree(dataset_dir, tmp_path / "copy")
+    dataset = LatentDataset(copy, "train")
+    dataset.check_files()
+    damage(copy / path)
+    found = []
+    for share in range(3):
+        try:
+            dataset.check_files(share, 3)
+        except UserError as error:
+            found.append(str(error))
+    assert len(found) == 1
+    assert re.search(told, found[0])

@@ -170,3 +170,19 @@ def test_a_checkpoint_lists_its_files_with_size_and_hash(broken):
     files = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
     assert set(marker["files"]) == files - {"complete.json"}
     assert (marker["step"], marker["samples"]) == (4, 32)
+
+
+def test_stage_micro_batch_and_memory_savers_may_change_on_the_way(
+    runs, broken, dataset_dir, tmp_path
+):
+    out = shutil.copytree(broken, tmp_path / "out")
+    train(dataset_dir, out, micro_batch=2, zero_stage=2, activation_checkpointing=True)
+    assert_same_run(out, runs / "whole")
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_an_optimizer_on_the_host_trains_alike_and_resumes(runs, dataset_dir, tmp_path, stage):
+    options = {"offload_optimizer": True, "zero_stage": stage}
+    train(dataset_dir, tmp_path / "out", crash_at=4, **options)
+    train(dataset_dir, tmp_path / "out", **options)
+    assert_same_run(tmp_path / "out", runs / "whole")

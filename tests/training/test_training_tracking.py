@@ -180,6 +180,7 @@ def test_a_run_outlives_its_tracking_server_and_catches_up(tmp_path, monkeypatch
     port = free_port()
     uri = f"http://127.0.0.1:{port}"
     monkeypatch.setattr("training.outbox.RETRY_AFTER_S", 0.2)
+    monkeypatch.setattr("training.outbox.CLOSE_WAIT_S", 120.0)
     servers = [serve(tmp_path, port)]
     train_step = Run._train_step
 

@@ -6,9 +6,11 @@ from latent_dataset import write_dataset
 from training_runs import losses, tiny_job, train
 
 from streamdit.io import load_model
-from training.data import BatchLoader, BatchOrder, LatentDataset, sample_generator
+from training.data import LatentDataset
+from training.loader import BatchLoader
 from training.metrics import read_metrics
 from training.objective import make_flow_matching, stack_draws
+from training.order import BatchOrder, sample_generator
 from training.validation import VALIDATION_SEED
 
 

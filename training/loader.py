@@ -1,0 +1,157 @@
+"""Micro-batches of one rank, read ahead while the model computes.
+
+Reading is done by a thread, or by processes where that is too slow for the model; both give the
+same batches, since every step is read by itself.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from streamdit.errors import UserError
+from streamdit.text.base import TextStates
+from training.config import DataConfig
+from training.data import Batch, LatentDataset
+from training.order import BatchOrder, sample_generator
+
+
+class BatchLoader(Dataset[list[Batch] | UserError]):
+    """Micro-batches of one rank, a list per step; as a map from step to that list, picklable.
+
+    Args:
+        dataset: clips to read.
+        order: which clips a step takes.
+        frames: latent frames of the model's buffer.
+        rank: this worker.
+        world_size: number of workers; rank r takes the r-th slice of every global batch.
+        micro_batch: clips per micro-batch.
+        config: how to read ahead.
+    """
+
+    def __init__(
+        self,
+        dataset: LatentDataset,
+        order: BatchOrder,
+        frames: int,
+        rank: int,
+        world_size: int,
+        micro_batch: int,
+        config: DataConfig | None = None,
+    ) -> None:
+        self.dataset = dataset
+        self.order = order
+        self.frames = frames
+        self.micro_batch = micro_batch
+        self.config = config or DataConfig()
+        share = order.global_batch // world_size
+        self._slice = range(rank * share, (rank + 1) * share)
+        self._null_text = dataset.null_text()
+
+    def steps(
+        self, first: int, last: int, device: torch.device | None = None
+    ) -> Iterator[list[Batch]]:
+        """Micro-batches of steps `first` ... `last - 1`, on `device` (default: the CPU)."""
+        cuda = device is not None and device.type == "cuda"
+        if self.config.processes:
+            steps = self._by_processes(range(first, last), pin=cuda)
+        else:
+            steps = self._by_thread(range(first, last), pin=cuda)
+        return _copied_ahead(steps, device) if device is not None and cuda else steps
+
+    def __getitem__(self, step: int) -> list[Batch] | UserError:
+        """Micro-batches of a step; a mistake in the data is handed on, not raised.
+
+        (A loader process would wrap what it raises into a traceback.)
+        """
+        try:
+            return self.load(step)
+        except UserError as error:
+            return error
+
+    def load(self, step: int) -> list[Batch]:
+        """Micro-batches of a step."""
+        clips = self.order.batch(step)
+        return [
+            self.collate(clips, list(self._slice[start : start + self.micro_batch]), step)
+            for start in range(0, len(self._slice), self.micro_batch)
+        ]
+
+    def collate(self, clips: Sequence[int], indices: list[int], step: int) -> Batch:
+        """The clips of a global batch at `indices`, as one micro-batch."""
+        samples = [
+            self.dataset.sample(
+                int(clips[index]),
+                self.frames,
+                sample_generator(self.order.seed, step, index, "window"),
+            )
+            for index in indices
+        ]
+        return Batch(
+            torch.stack([sample["latents"] for sample in samples]),
+            TextStates.collate([sample["text"] for sample in samples]),
+            self._null_text,
+            [sample["clip_id"] for sample in samples],
+            indices,
+        )
+
+    def _by_thread(self, steps: range, pin: bool) -> Iterator[list[Batch]]:
+        def load(step: int) -> list[Batch]:
+            batches = self.load(step)
+            return [batch.pin_memory() for batch in batches] if pin else batches
+
+        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="loader") as pool:
+            pending: deque[Future[list[Batch]]] = deque()
+            for position in range(len(steps)):
+                for step in steps[position + len(pending) : position + 1 + self.config.ahead]:
+                    pending.append(pool.submit(load, step))
+                yield pending.popleft().result()
+
+    def _by_processes(self, steps: range, pin: bool) -> Iterator[list[Batch]]:
+        loader: DataLoader[list[Batch] | UserError] = DataLoader(
+            self,
+            sampler=steps,
+            batch_size=None,
+            num_workers=min(self.config.processes, len(steps)),
+            prefetch_factor=self.config.ahead,
+            pin_memory=pin,
+            # A fork would copy threads and accelerator contexts in whatever state they are.
+            multiprocessing_context="forkserver",
+            worker_init_fn=_ignore_interrupt,
+        )
+        for batches in loader:
+            if isinstance(batches, UserError):
+                raise batches
+            yield batches
+
+
+def _ignore_interrupt(worker: int) -> None:
+    """Leave Ctrl-C to the trainer, which ends its loader processes itself."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _copied_ahead(steps: Iterator[list[Batch]], device: torch.device) -> Iterator[list[Batch]]:
+    """Copy each step's batches to a GPU on a stream of its own, one step ahead of their use."""
+    stream = torch.cuda.Stream(device)
+    ready: tuple[list[Batch], torch.cuda.Event] | None = None
+    for batches in steps:
+        with torch.cuda.stream(stream):
+            copied = [batch.to(device) for batch in batches]
+            done = stream.record_event()
+        if ready is not None:
+            yield _taken_over(*ready, device)
+        ready = copied, done
+    if ready is not None:
+        yield _taken_over(*ready, device)
+
+
+def _taken_over(batches: list[Batch], done: torch.cuda.Event, device: torch.device) -> list[Batch]:
+    """Let the current stream use what the copying stream made."""
+    current = torch.cuda.current_stream(device)
+    current.wait_event(done)
+    return [batch.used_by(current) for batch in batches]
