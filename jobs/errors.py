@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import typer
 from typer.core import TyperCommand
@@ -13,8 +13,14 @@ from typer.core import TyperCommand
 if TYPE_CHECKING:
     from streamdit.errors import UserError
 
+E = TypeVar("E", bound=BaseException)
+
 USAGE_STATUS = 2
 INTERRUPTED_STATUS = 130
+
+
+class Stopped(KeyboardInterrupt):
+    """Stopped as asked, by SIGTERM, with everything saved: no failure to whoever asked."""
 
 
 @contextmanager
@@ -25,6 +31,9 @@ def one_line_errors() -> Iterator[None]:
     """
     try:
         yield
+    except Stopped as stopped:
+        _complain(str(stopped))
+        raise typer.Exit(0) from None
     except KeyboardInterrupt:
         _complain("interrupted: finished parts are kept; the same command continues from there")
         raise typer.Exit(INTERRUPTED_STATUS) from None
@@ -46,14 +55,19 @@ class JobCommand(TyperCommand):
 
 
 def find_user_error(error: BaseException) -> UserError | None:
-    """The user's mistake behind `error`, which Ray may have wrapped on its way from a worker.
-
-    Ray hands an exception on as `.cause` of its own (which then also is a `UserError`, but one
-    whose text is a traceback), or by rank in `.worker_failures` when a training worker raised it.
-    """
+    """The user's mistake behind `error`, which Ray may have wrapped on its way from a worker."""
     # Imported here because the library brings PyTorch along, and the overview must start at once.
     from streamdit.errors import UserError
 
+    return find_cause(error, UserError)
+
+
+def find_cause(error: BaseException, kind: type[E]) -> E | None:
+    """The exception of a kind behind `error`.
+
+    Ray hands an exception on as `.cause` of its own (which then also is of that kind, but one
+    whose text is a traceback), or by rank in `.worker_failures` when a training worker raised it.
+    """
     pending: list[object] = [error]
     seen: set[int] = set()
     while pending:
@@ -62,7 +76,7 @@ def find_user_error(error: BaseException) -> UserError | None:
             continue
         seen.add(id(candidate))
         cause = getattr(candidate, "cause", None)
-        if isinstance(candidate, UserError) and not isinstance(cause, BaseException):
+        if isinstance(candidate, kind) and not isinstance(cause, BaseException):
             return candidate
         pending += [cause, candidate.__cause__]
         failures = getattr(candidate, "worker_failures", None)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs.console import console, progress, say
+from jobs.errors import Stopped, find_cause
 from jobs.runtime import ray_runtime
 from streamdit.errors import UserError
 from training.config import LaunchConfig, RunConfig
@@ -70,8 +71,8 @@ def _join(job: TrainJob) -> None:
     """Take part as the worker that torchrun or Slurm started."""
     try:
         train_loop(job)
-    except Interrupted as interrupt:
-        raise KeyboardInterrupt from interrupt
+    except Interrupted as stopped:
+        raise Stopped(str(stopped)) from None
 
 
 def _worker(settings: dict[str, Any]) -> None:
@@ -109,7 +110,13 @@ def _fit(job: TrainJob, own_runtime: bool) -> None:
         ),
     )
     with _interruptible():
-        trainer.fit()
+        try:
+            trainer.fit()
+        except Exception as error:
+            stopped = find_cause(error, Interrupted)
+            if stopped is None:
+                raise
+            raise Stopped(str(stopped)) from None
 
 
 def _torch_config() -> Any:

@@ -61,7 +61,12 @@ class Batch:
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> Batch:
         def of(text: TextStates) -> TextStates:
-            return TextStates({name: (function(a), function(b)) for name, (a, b) in text.items()})
+            return TextStates(
+                {
+                    name: (function(values), None if mask is None else function(mask))
+                    for name, (values, mask) in text.items()
+                }
+            )
 
         return replace(
             self,

@@ -1,5 +1,14 @@
 """Whole runs of the trainer: killed workers, sharding, accumulation, export, MLflow."""
 
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
 import pytest
 import torch
 from latent_dataset import train_settings, write_dataset
@@ -8,7 +17,7 @@ from training_runs import losses, train, train_together
 
 from streamdit.errors import UserError
 from streamdit.io import load_model
-from training.checkpoint import find_checkpoints
+from training.checkpoint import find_checkpoints, read_facts
 from training.config import TrainConfig
 
 
@@ -101,3 +110,49 @@ def test_run_is_recorded_in_mlflow_and_a_changed_configuration_is_refused(datase
 
     with pytest.raises(UserError, match="was made with another configuration or data set"):
         train(dataset_dir, out, seed=1)
+
+
+@pytest.mark.slow
+def test_sigterm_to_one_worker_saves_and_that_worker_exits_0(dataset_dir, tmp_path):
+    """Through the real command, started by hand as torchrun would start it."""
+    settings = tmp_path / "train.json"
+    settings.write_text(json.dumps(train_settings(steps=2000, checkpoint={"every": 1000})))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    out = tmp_path / "out"
+    command = [
+        *(sys.executable, "-m", "jobs.train", str(dataset_dir), "--out", str(out)),
+        *("--config", str(settings), f"tracking.directory={tmp_path / 'mlflow'}"),
+    ]
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    root = str(Path(__file__).parents[2])
+    workers = [
+        subprocess.Popen(
+            command,
+            env=os.environ
+            | shared
+            | {"RANK": str(rank), "LOCAL_RANK": str(rank), "PYTHONPATH": root},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        deadline = time.monotonic() + 300
+        while not losses(out):
+            assert time.monotonic() < deadline
+            assert all(worker.poll() is None for worker in workers)
+            time.sleep(0.2)
+        workers[1].send_signal(signal.SIGTERM)
+        said = [worker.communicate(timeout=120)[0] for worker in workers]
+    finally:
+        for worker in workers:
+            worker.kill()
+    assert [worker.returncode for worker in workers] == [0, 0], said
+    assert "rank 1 was asked to stop" in said[1]
+    (saved,) = find_checkpoints(out / "checkpoints")
+    step = read_facts(saved).step
+    assert f"stopped at step {step}; the same command continues" in said[0]
+    assert 0 < step < 2000
