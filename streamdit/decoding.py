@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from streamdit.autoencoder.base import Autoencoder, DecoderState
 from streamdit.config import StrictModel
@@ -87,6 +88,12 @@ class ChunkDecoder:
 
     @state.setter
     def state(self, state: DecoderState) -> None:
+        if self._stream is not None:
+            # Copied into memory of the decoder's own stream, whose reuse follows its work.
+            self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
+            with torch.cuda.stream(self._stream):
+                state = tree_map_only(Tensor, Tensor.clone, state)
+            self._stream.synchronize()
         self._state = state
 
     @torch.no_grad()

@@ -148,11 +148,16 @@ class Denoiser:
         return self.schedule.levels[self.schedule.row(self._step)]
 
     def set_text(self, text: TextStates, null_text: TextStates | None = None) -> None:
-        """Prompt states of the b streams from the next step on, and of the empty prompt."""
+        """Prompt states of the b streams from the next step on, and of the empty prompt.
+
+        Raises:
+            UserError: if they do not fit; the prompts in force then stay so.
+        """
         assert text.batch == len(self.seeds)
-        self._text = text.to(self.device)
-        self._null_text = null_text.to(self.device) if null_text is not None else None
-        self._velocity_at.set_text(self._text, self._null_text)
+        text = text.to(self.device)
+        null_text = null_text.to(self.device) if null_text is not None else None
+        self._velocity_at.set_text(text, null_text)
+        self._text, self._null_text = text, null_text
 
     def accelerate(self, config: FastConfig, max_text_tokens: int) -> None:
         """Take the steps from here on as `config` says; the video stays the same within rounding.

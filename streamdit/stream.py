@@ -96,13 +96,13 @@ class Stream(Iterator[StreamChunk]):
 
     @prompt.setter
     def prompt(self, prompt: str) -> None:
-        self._prompt = prompt
-        self.prompt_version += 1
         null = self.denoiser.guidance_scale != 1.0
         states = self.text_encoders.encode([prompt, ""] if null else [prompt])
         # Unpadded, so that a stream's states do not depend on what was encoded beside them.
         prompts = [TextStates.collate([sample]) for sample in states.unpadded()]
         self.denoiser.set_text(prompts[0], prompts[1] if null else None)
+        self._prompt = prompt
+        self.prompt_version += 1
 
     def __next__(self) -> StreamChunk:
         chunk = self._ahead or self._begin()

@@ -47,7 +47,7 @@ class FastConfig(StrictModel):
     """Compile the blocks with `torch.compile(mode="max-autotune-no-cudagraphs")`: fuses norm,
     modulation, rotary positions and windows. The first step takes minutes."""
     cuda_graph: bool = False
-    """Replay the step as one CUDA graph; needs a CUDA device, and both caches above."""
+    """Replay the step as one CUDA graph; needs a CUDA device, and `text_memory`."""
     attention: AttentionKernel = "auto"
     """Attention kernel to prefer: PyTorch's own choice, FlashAttention, or cuDNN's."""
     float8: bool = False
@@ -116,8 +116,8 @@ class FastVelocity:
         if self.guidance_scale != 1.0:
             assert null_text is not None, "guidance needs the states of the empty prompt"
             text = TextStates.concatenate([text, null_text.expand(text.batch)])
-        self._text = text
         self._memories.set(self._model.project_text(text))
+        self._text = text
 
     @torch.no_grad()
     def __call__(self, latents: Tensor, row: int) -> Tensor:

@@ -9,6 +9,7 @@ from no_host_reads import NoHostReads
 import streamdit
 from streamdit.config import SamplingConfig
 from streamdit.decoding import ChunkDecoder, DecoderConfig
+from streamdit.errors import UserError
 from streamdit.model.fast import FastConfig
 
 SCHEMES = {
@@ -106,6 +107,29 @@ def test_decoder_options_leave_the_pictures_within_the_stated_levels(model, opti
     other = played(model.stream("a red circle", seed=5, decoder=DecoderConfig(**options)), 3)
     assert np.abs(plain - other).max() <= tolerance
     assert next(model.autoencoder.parameters()).dtype == torch.float32
+
+
+def test_prompt_that_does_not_fit_is_refused_and_the_stream_goes_on_as_it_was(model, monkeypatch):
+    expected = played(model.stream("a red circle"), 4)
+    stream = model.stream("a red circle")
+    # Memories of fixed size, as compiled steps have them, without the minutes of compiling.
+    monkeypatch.setattr(FastConfig, "static_text", True)
+    limited = FastConfig(text_tokens=5)
+    stream.denoiser.accelerate(limited, model.max_text_tokens)
+    before = played(stream, 2)
+    with pytest.raises(UserError, match="the stream keeps room for 5; shorten it"):
+        stream.prompt = "a blue square that moves to the left and then comes back again"
+    assert stream.prompt == "a red circle"
+    assert stream.prompt_version == 0
+    assert np.abs(np.concatenate([before, played(stream, 2)]) - expected).max() <= 1
+
+
+@pytest.mark.slow
+def test_compiled_decoder_shows_the_same_pictures(model):
+    """Within one of 255 levels: fused code rounds elsewhere."""
+    plain = played(model.stream("a red circle", seed=5), 4)
+    compiled = model.stream("a red circle", seed=5, decoder=DecoderConfig(compile=True))
+    assert np.abs(plain - played(compiled, 4)).max() <= 1
 
 
 @pytest.mark.gpu
