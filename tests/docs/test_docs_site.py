@@ -1,5 +1,6 @@
 """The documentation builds with every link checked, and its generated parts are true."""
 
+import ast
 import re
 import subprocess
 import sys
@@ -110,3 +111,27 @@ def test_named_files_exist():
             if (ROOT / top).is_dir() and top not in ("runs", "data"):
                 pattern = re.sub("STAGE|NAME", "*", name)
                 assert list(ROOT.glob(pattern)), f"{page.name}: {name}"
+
+
+def messages():
+    """Every text in the code, with what is filled in written as `...`."""
+    for package in ("streamdit", "pipeline", "training", "distillation", "jobs"):
+        for path in (ROOT / package).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                    yield node.value
+                elif isinstance(node, ast.JoinedStr):
+                    parts = (p.value if isinstance(p, ast.Constant) else "..." for p in node.values)
+                    yield "".join(map(str, parts))
+
+
+def test_messages_that_are_explained_are_messages_of_the_code():
+    page = (ROOT / "docs" / "troubleshooting.md").read_text()
+    table = page[: page.index("## Without a message")]
+    explained = re.findall(r"^\| `([^`]+)` \|", table, re.MULTILINE)
+    assert len(explained) > 10
+    known = list(messages())
+    for message in explained:
+        pieces = [re.escape(piece.strip(" '?")) for piece in message.split("...") if piece.strip()]
+        pattern = re.compile(".*".join(pieces), re.DOTALL)
+        assert any(pattern.search(text) for text in known), message
