@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pipeline.open_clip_model import load_open_clip
 from streamdit.errors import UserError
 
 
@@ -34,26 +35,11 @@ class CocaCaptioner:
         Raises:
             UserError: if it cannot be loaded or is not a CoCa.
         """
-        import open_clip
         from open_clip.coca_model import CoCa
 
-        named = ":" not in model
-        if named and pretrained is None:
-            raise UserError(
-                f"captions.model {model!r} has no weights: set captions.pretrained to a tag or a "
-                "checkpoint file"
-            )
-        try:
-            network, _, self.preprocess = open_clip.create_model_and_transforms(
-                model, pretrained=pretrained if named else None, device=device
-            )
-            self.tokenizer: Any = open_clip.get_tokenizer(model)
-        except (OSError, RuntimeError, ValueError) as error:
-            reason = " ".join(str(error).split())[:300]
-            raise UserError(
-                f"captions.model {model!r} cannot be loaded ({reason}): check captions.model and "
-                "captions.pretrained"
-            ) from None
+        loaded = load_open_clip("captions", model, pretrained, device)
+        network, self.preprocess = loaded.network, loaded.preprocess
+        self.tokenizer: Any = loaded.tokenizer
         if not isinstance(network, CoCa):
             raise UserError(
                 f"captions.model {model!r} writes no text: choose a CoCa, e.g. coca_ViT-L-14"
@@ -63,7 +49,7 @@ class CocaCaptioner:
                 f"captions.model {model!r} uses another tokenizer than CLIP's: choose "
                 "coca_ViT-B-32 or coca_ViT-L-14"
             )
-        self.network = network.eval()
+        self.network = network
         self.batch = batch
         self.max_tokens = min(max_tokens, network.context_length)
         self.device = device

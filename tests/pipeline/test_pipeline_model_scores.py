@@ -7,12 +7,16 @@ import numpy as np
 import open_clip
 import pytest
 import torch
+from conftest import scene_pictures, write_video
 from PIL import Image
 from safetensors.torch import save_file
 
+from pipeline.annotate import annotate
 from pipeline.clip_scores import ClipScores, load_head
-from pipeline.config import ClipScoreConfig
-from pipeline.decode import read_sparse
+from pipeline.config import ClipScoreConfig, IngestConfig
+from pipeline.curate import curate
+from pipeline.decode import read_sparse, sample_frames
+from pipeline.schema import read_annotations
 from pipeline.text_area import TextArea
 from streamdit.errors import UserError
 
@@ -142,3 +146,45 @@ def test_a_wrong_head_or_model_is_named(clip_weights, tmp_path):
         ClipScores(ClipScoreConfig(model="ViT-B-32"))
     with pytest.raises(UserError, match=r"scores.clip.model 'ViT-Nowhere' cannot be loaded"):
         ClipScores(ClipScoreConfig(model="ViT-Nowhere", pretrained="x"))
+
+
+def test_a_new_caption_is_scored_again_and_other_clips_are_left_alone(
+    clip_weights, tmp_path, small_config, without_ray, monkeypatch
+):
+    for name in ("a", "b"):
+        write_video(tmp_path / f"{name}.mp4", scene_pictures((200, 30, 30), 16))
+        (tmp_path / f"{name}.mp4").open("ab").write(name.encode())  # other content, other source
+        (tmp_path / f"{name}.txt").write_text(f"the square of {name}")
+    values = small_config.model_dump()
+    values["scores"] = {"clip": {"model": f"local-dir:{clip_weights}"}}
+    config = IngestConfig.model_validate(values)
+    dataset = tmp_path / "data"
+    curate([str(tmp_path)], dataset, config)
+    annotate(dataset, config)
+    before = by_caption(dataset)
+    scorer = ClipScores(config.scores.clip)
+    path = str(tmp_path / "a.mp4")
+    pictures = read_sparse(path, [0.25, 0.75], 256)
+    by_hand = scorer.score({"a": pictures}, {"a": "the square of a"})["a"]
+    first = before["the square of a"]
+    assert first["clip_similarity"] == pytest.approx(by_hand["clip_similarity"], abs=1e-5)
+    assert first["text_area"] is None
+    assert first["aesthetic"] is None
+
+    sampled = []
+    monkeypatch.setattr(
+        "pipeline.annotate.sample_frames",
+        lambda uri, *rest: sampled.append(Path(uri).name) or sample_frames(uri, *rest),
+    )
+    (tmp_path / "a.txt").write_text("something else entirely")
+    annotate(dataset, config)
+    after = by_caption(dataset)
+    assert sampled == ["a.mp4"]
+    assert after["the square of b"] == before["the square of b"]
+    second = after["something else entirely"]
+    assert second["clip_similarity"] != first["clip_similarity"]
+    assert second["colourfulness"] == first["colourfulness"]
+
+
+def by_caption(dataset):
+    return {row["caption"]: row for row in read_annotations(dataset).to_pylist()}
