@@ -1,0 +1,154 @@
+"""What the trainer costs: its step against bare loops with the same model, batch and precision.
+
+    python benchmarks/trainer_step.py [--preset demo] [--steps 30] [KEY=VALUE ...]
+    torchrun --nproc-per-node 2 benchmarks/trainer_step.py
+
+Three loops take turns, step by step, in one process group: the trainer as it is (data from shards,
+draws, averaging, stop request, metrics, log lines), a bare DeepSpeed loop, and a bare PyTorch loop
+(DistributedDataParallel, AdamW, gradient clipping). The bare loops repeat one batch with its draws
+and do nothing else. Times of the trainer are whole turns of its loop, so what it does between steps
+counts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from made_up_run import make_job, make_run
+
+from streamdit.model import build_dit
+from training.data import Batch, sample_generator
+from training.engine import World, build_engine, join_world
+from training.job import TrainJob
+from training.objective import make_flow_matching, stack_draws
+from training.run import Run
+from training.stop import StopRequest
+
+WARM_UP = 3
+SMALL = ("global_batch=8", "micro_batch=null")
+
+
+class InterleavedRun(Run):
+    """The trainer, with a turn for each bare loop before every step of its own."""
+
+    def prepare(self, peers: dict[str, Callable[[], None]]) -> None:
+        """Take the bare loops in, by name."""
+        self.peers = peers
+        self.seconds: dict[str, list[float]] = {name: [] for name in ("trainer", *peers)}
+        self.turn: float | None = None
+
+    def _train_step(self, *arguments: Any) -> Any:
+        if self.turn is not None:
+            self.seconds["trainer"].append(now(self.world) - self.turn)
+        for name, step in self.peers.items():
+            started = now(self.world)
+            step()
+            self.seconds[name].append(now(self.world) - started)
+        self.turn = now(self.world)
+        return super()._train_step(*arguments)
+
+
+def now(world: World) -> float:
+    """Seconds, once the device has done what it was asked to."""
+    if world.device.type == "cuda":
+        torch.cuda.synchronize(world.device)
+    return time.perf_counter()
+
+
+def bare_deepspeed(job: TrainJob, world: World, batch: Batch, draws: Any) -> Callable[[], None]:
+    """One step of DeepSpeed with the trainer's configuration, and nothing else."""
+    model = build_dit(job.model, job.config.seed).to(world.device)
+    model.activation_checkpointing = job.config.activation_checkpointing
+    engine = build_engine(model, job.config, world)
+    objective = make_flow_matching(job, world.device)
+
+    def step() -> None:
+        loss, _ = objective(engine, batch, draws)
+        engine.backward(loss)
+        engine.step()
+
+    return step
+
+
+def plain_pytorch(job: TrainJob, world: World, batch: Batch, draws: Any) -> Callable[[], None]:
+    """One step of DistributedDataParallel and AdamW, all in the precision of the model."""
+    config = job.config
+    dtype = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
+    model = build_dit(job.model, config.seed).to(world.device, dtype)
+    model.activation_checkpointing = config.activation_checkpointing
+    parallel = torch.nn.parallel.DistributedDataParallel(model)
+    objective = make_flow_matching(job, world.device)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), config.optimizer.learning_rate, config.optimizer.betas, weight_decay=0.0
+    )
+
+    def step() -> None:
+        optimizer.zero_grad()
+        loss, _ = objective(parallel, batch, draws)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.gradient_clip)
+        optimizer.step()
+
+    return step
+
+
+def first_batch(run: Run) -> tuple[Batch, Any]:
+    """The batch that the bare loops repeat, with its draws, on the device."""
+    (batch, *more) = next(run.loader.steps(0, 1))
+    assert not more, "one micro-batch per step, please: leave micro_batch alone"
+    draws = stack_draws(
+        [
+            run.objective.draw(batch.latents.shape[1:], sample_generator(0, 0, index, "draws"), 0.0)
+            for index in batch.sample_indices
+        ]
+    )
+    device = run.world.device
+    return batch.to(device), {name: value.to(device) for name, value in draws.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--preset", default="demo")
+    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
+    options = parser.parse_intermixed_args()
+    world = join_world()
+    steps = f"steps={options.steps + WARM_UP + 1}"
+    job = make_job(world, options.preset, [*SMALL, steps, *options.overrides])
+    run = make_run(InterleavedRun, job, world)
+    batch, draws = first_batch(run)
+    peers = {"DeepSpeed": bare_deepspeed, "PyTorch": plain_pytorch}
+    run.prepare({name: make(job, world, batch, draws) for name, make in peers.items()})
+    with StopRequest(world) as stop:
+        run.train(stop)
+    run.records.close("FINISHED")
+    if world.is_main:
+        report(run, world)
+
+
+def report(run: InterleavedRun, world: World) -> None:
+    """Print medians and ratios."""
+    seconds = {name: times[WARM_UP:] for name, times in run.seconds.items()}
+    config = run.config
+    print(
+        f"{world.size} worker(s), {world.device.type}, {config.precision}, "
+        f"ZeRO {config.zero_stage}, {config.global_batch} clips per step; "
+        f"medians of {len(seconds['trainer'])} turns"
+    )
+    print("| loop | step | step / bare DeepSpeed, median | all steps / all of bare DeepSpeed |")
+    print("|---|---|---|---|")
+    for name, times in seconds.items():
+        pairs = list(zip(times, seconds["DeepSpeed"], strict=False))
+        ratio = statistics.median(a / b for a, b in pairs)
+        total = sum(a for a, _ in pairs) / sum(b for _, b in pairs)
+        median = 1e3 * statistics.median(times)
+        print(f"| {name} | {median:.1f} ms | {ratio:.3f} | {total:.3f} |")
+
+
+if __name__ == "__main__":
+    main()
