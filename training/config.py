@@ -90,6 +90,8 @@ class TrackingConfig(StrictModel):
     """Folder of the embedded store."""
     experiment: str = "streamdit"
     """MLflow experiment."""
+    system_every_s: float = Field(default=10.0, ge=0)
+    """Seconds between samples of each machine's load; 0 takes none."""
 
 
 class ValidationConfig(StrictModel):

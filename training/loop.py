@@ -22,6 +22,7 @@ from training.job import TrainJob
 from training.lora import add_adapters
 from training.run import Run
 from training.stop import Interrupted, StopRequest
+from training.system import system_metrics
 
 
 def train_loop(job: TrainJob) -> None:
@@ -50,7 +51,10 @@ def train_loop(job: TrainJob) -> None:
     if world.is_main:
         write_record(job, dataset.manifest)
     try:
-        with StopRequest(world) as stop:
+        watched = system_metrics(
+            config.tracking, world, run.records.run_id, Path(job.out), lambda: run.step
+        )
+        with StopRequest(world) as stop, watched:
             run.train(stop)
         export(run)
     except Interrupted:

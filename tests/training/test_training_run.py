@@ -156,3 +156,19 @@ def test_sigterm_to_one_worker_saves_and_that_worker_exits_0(dataset_dir, tmp_pa
     step = read_facts(saved).step
     assert f"stopped at step {step}; the same command continues" in said[0]
     assert 0 < step < 2000
+
+
+def test_machines_are_watched_while_the_run_lasts(dataset_dir, tmp_path):
+    from mlflow import MlflowClient
+
+    store = {"directory": str(tmp_path / "mlflow"), "system_every_s": 0.05}
+    train(dataset_dir, tmp_path / "out", tracking=store)
+    run_id = json.loads((tmp_path / "out" / "mlflow-run.json").read_text())["run_id"]
+    client = MlflowClient(f"sqlite:///{tmp_path}/mlflow/mlflow.db")
+    metrics = client.get_run(run_id).data.metrics
+    name = f"system/{socket.gethostname()}/system_memory_usage_percentage"
+    assert 0 < metrics[name] <= 100
+    steps = [metric.step for metric in client.get_metric_history(run_id, name)]
+    assert steps == sorted(steps)
+    assert set(steps) <= set(range(7))
+    assert not list((tmp_path / "out").glob("mlflow-outbox*"))
