@@ -30,7 +30,8 @@ from training.config import TrainConfig
 
 TEXT = "text"
 TEXT_WIDTH = 512
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
+"""Relative; in bfloat16 diffusers keeps some weights in float32 that ours rounds."""
 
 
 def wan_model(shape: DiTConfig) -> WanTransformer3DModel:

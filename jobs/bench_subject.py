@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import torch
+from pydantic import BaseModel, ConfigDict
 
 import streamdit
 from jobs.config import available_presets, load_config
 from streamdit.autoencoder.base import Autoencoder
+from streamdit.autoencoder.causal import CausalAutoencoder, CausalAutoencoderConfig
 from streamdit.config import SamplingConfig, StreamDiTConfig, TextEncoderConfig
 from streamdit.errors import UserError
 from streamdit.io import StreamingModel
@@ -17,6 +19,14 @@ WAN = "wan"
 """Name of diffusers' Wan VAE among the autoencoders."""
 
 WORDS = "abcdefghijklmnopqrstuvwxyz"
+
+
+class AutoencoderShape(BaseModel):
+    """What counts here of an autoencoder preset, whose other keys say how to train it."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    model: CausalAutoencoderConfig
 
 
 def load_subject(directory: str, device: torch.device, dtype: torch.dtype) -> StreamingModel:
@@ -82,15 +92,12 @@ def random_autoencoder(name: str, latent_channels: int, device: torch.device) ->
     """
     if name == WAN:
         return random_wan(latent_channels).to(device).eval()
-    from streamdit.autoencoder.causal import CausalAutoencoder
-    from training.autoencoder import AutoencoderTrainConfig
-
     known = available_presets("autoencoder")
     if name not in known:
         raise UserError(
             f"there is no autoencoder preset {name}; choose one of {', '.join([*known, WAN])}"
         )
-    plan = load_config(AutoencoderTrainConfig, stage="autoencoder", preset=name)
+    plan = load_config(AutoencoderShape, stage="autoencoder", preset=name)
     shape = plan.model.model_copy(update={"latent_channels": latent_channels})
     autoencoder = CausalAutoencoder(shape)
     randomise(autoencoder, torch.device("cpu"))

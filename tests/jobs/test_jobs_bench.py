@@ -9,9 +9,11 @@ from model_directory import write_model_directory
 from typer.testing import CliRunner
 
 from jobs.bench_rows import CEILING, PLAIN, decoder_variants, step_variants
-from jobs.bench_subject import prompt_of, random_subject
+from jobs.bench_subject import prompt_of, random_autoencoder, random_subject
 from jobs.cli import app
 from jobs.measure import Timings, interleave, matmul_action
+from streamdit.decoding import ChunkDecoder
+from streamdit.errors import UserError
 from streamdit.io import read_model_config
 from streamdit.model.flops import PER_PROMPT, PER_SCHEDULE, count_flops
 from streamdit.text.hashed_bytes import tokenise
@@ -138,3 +140,17 @@ def test_what_cannot_be_measured_is_one_line(arguments, message, capfd):
     assert result.exit_code == 2
     lines = (result.output + capfd.readouterr().err).strip().splitlines()
     assert [line for line in lines if message in line]
+
+
+@pytest.mark.slow
+def test_wans_autoencoder_is_benchmarked_in_its_real_size():
+    wan = random_autoencoder("wan", 16, CPU)
+    assert sum(p.numel() for p in wan.parameters()) == pytest.approx(127e6, rel=0.01)
+    latents = torch.randn(1, 2, 16, 4, 4)
+    decoder = ChunkDecoder(wan, CPU)
+    assert [decoder.submit(latents).wait().shape for _ in range(2)] == [
+        (5, 32, 32, 3),  # a stream's first latent is one frame
+        (8, 32, 32, 3),
+    ]
+    with pytest.raises(UserError, match="Wan's VAE has 16 latent channels but the model 8"):
+        random_autoencoder("wan", 8, CPU)
