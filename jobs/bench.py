@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from jobs import bench_sprites
 from jobs.bench_rows import Row, measure_decoding, measure_steps, measure_streams
 from jobs.bench_subject import load_subject, random_subject
 from jobs.console import format_bytes, format_flops, format_parameters, say
@@ -64,10 +65,10 @@ JsonFile = Annotated[
 
 @command.callback()
 def _overview() -> None:
-    """Measure how fast a model streams: a denoising step, the decoder, or both.
+    """Measure how fast a model streams, and (`sprites`) what distillation keeps.
 
-    Every line of the table adds one optimisation to the line above. The variants take turns within
-    one run, so that their ratios hold on a busy machine too.
+    Every line of a table of speed adds one optimisation to the line above. The variants take turns
+    within one run, so that their ratios hold on a busy machine too.
     """
 
 
@@ -248,6 +249,9 @@ def _subject(
     if model is not None:
         return load_subject(model, chosen, precisions[name])
     return random_subject(preset, autoencoder, text_tokens, chosen, precisions[name])
+
+
+command.command("sprites", cls=JobCommand)(bench_sprites.command)
 
 
 if __name__ == "__main__":

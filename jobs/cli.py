@@ -52,7 +52,7 @@ COMMANDS = {
     "submit": Entry("jobs.submit", "Run one of these jobs on a Ray cluster.", "Cluster"),
     "jobs": Entry("jobs.ray_jobs", "List, follow and stop jobs on a cluster.", "Cluster"),
     "describe": Entry("jobs.describe", "Show the size and cost of a model.", "Use"),
-    "bench": Entry("jobs.bench", "Measure how fast a model streams here.", "Use"),
+    "bench": Entry("jobs.bench", "Measure how fast and how well a model streams.", "Use"),
 }
 
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -14,28 +12,19 @@ import typer
 from pydantic import Field
 
 import streamdit
-from distillation.config import DistillConfig
 from evaluation.sheets import contact_sheet, write_video
-from evaluation.sprites import SpritePrompt, SpriteWorldConfig, held_out_prompts, make_world
+from evaluation.sprites import SpritePrompt, SpriteWorldConfig, held_out_prompts
 from jobs.config import load_config
 from jobs.console import console, format_duration, progress, say
 from jobs.demo_page import DemoResults, SystemResult, write_page
-from jobs.distill import distillation_job
 from jobs.evaluate import ScoredVideo, cached_videos, generate_videos, score_videos
 from jobs.generate import PromptChange, stream_frames
-from jobs.launch import launch
 from jobs.options import ConfigFile, Overrides
 from jobs.runtime import ray_runtime
-from jobs.train import training_job
-from jobs.train_autoencoder import train_tracked
-from pipeline.annotate import annotate
-from pipeline.config import IngestConfig
-from pipeline.curate import curate
-from pipeline.encode import encode
+from jobs.sprite_models import SpriteStages, StageClock, make_sprite_models
 from streamdit.config import SamplingConfig, StrictModel
 from streamdit.io import read_model_config
-from training.autoencoder import AutoencoderTrainConfig
-from training.config import TrackingConfig, TrainConfig
+from training.config import TrackingConfig
 from training.registry import RegisteredVersion, find_registered, register
 
 
@@ -60,17 +49,8 @@ class DemoConfig(StrictModel):
     """Alias of the registered version."""
 
 
-class DemoSettings(DemoConfig):
+class DemoSettings(DemoConfig, SpriteStages):
     """The demo's own settings and those of every stage."""
-
-    ingest: IngestConfig
-    """Curate, annotate, encode."""
-    autoencoder: AutoencoderTrainConfig
-    """The autoencoder."""
-    train: TrainConfig
-    """The teacher."""
-    distill: DistillConfig
-    """The student."""
 
 
 def command(
@@ -102,64 +82,17 @@ def command(
     console.print(f"\n[bold]Open {page}[/bold]")
 
 
-class StageClock:
-    """Seconds of work per stage, kept on disk, so that an interrupted demo adds them up."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.seconds: dict[str, float] = json.loads(path.read_text()) if path.is_file() else {}
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """Announce a stage and measure it."""
-        console.rule(f"[bold]{name}", align="left")
-        started = time.monotonic()
-        try:
-            yield
-        finally:
-            spent = time.monotonic() - started
-            self.seconds[name] = self.seconds.get(name, 0.0) + spent
-            self.path.write_text(json.dumps(self.seconds, indent=2) + "\n")
-
-    @property
-    def total(self) -> float:
-        """Seconds of all stages."""
-        return sum(self.seconds.values())
-
-
 def run_demo(settings: DemoSettings, out: Path) -> Path:
     """All stages in turn; returns the summary page."""
     out.mkdir(parents=True, exist_ok=True)
     clock = StageClock(out / "stage-seconds.json")
-    dataset = out / "dataset"
     tracking = TrackingConfig(directory=str(out / "mlflow"), experiment="streamdit-demo")
-    train_config = settings.train.model_copy(update={"tracking": tracking})
-    distill_config = settings.distill.model_copy(update={"tracking": tracking})
-
-    with clock.stage("1/8 Make the sprite world"), progress("videos", unit="videos") as shown:
-        videos = make_world(
-            out / "world", settings.world, lambda done, total: shown(done, total, {})
-        )
-    with clock.stage("2/8 Curate and annotate"):
-        with progress("curate") as shown:
-            curated = curate([str(out / "world")], dataset, settings.ingest, shown, replace=True)
-        with progress("annotate") as shown:
-            annotate(dataset, settings.ingest, shown)
-        say(f"{curated.sources} videos, {curated.clips} clips, {curated.dead} dead inputs")
-    with clock.stage("3/8 Train the autoencoder"):
-        autoencoder = train_tracked(dataset, out / "autoencoder", settings.autoencoder, tracking)
-    with clock.stage("4/8 Encode latents"), progress("encode") as shown:
-        encode(dataset, str(out / "autoencoder"), settings.ingest, shown, replace=True)
-    with clock.stage("5/8 Train StreamDiT"):
-        teacher = launch(training_job(train_config, dataset, out / "teacher", name="teacher"))
-    with clock.stage("6/8 Distil"):
-        job = distillation_job(distill_config, dataset, teacher, out / "student", name="student")
-        student = launch(job)
+    models = make_sprite_models(settings, out, tracking, clock, stages=8)
     with clock.stage("7/8 Score on prompts never trained on"):
-        systems = score_systems(settings, teacher, student, out)
+        systems = score_systems(settings, models.teacher, models.student, out)
     with clock.stage("8/8 Register and stream"):
         scores = {k: v for k, v in systems[-1].summary.items() if k != "count"}
-        registered = registered_once(student, settings, tracking, scores)
+        registered = registered_once(models.student, settings, tracking, scores)
         stream_video, stream_seconds = stream_registered(registered, settings, out)
         sheet = out / "contact-sheet.png"
         rows = [
@@ -174,9 +107,9 @@ def run_demo(settings: DemoSettings, out: Path) -> Path:
     page = write_page(
         out,
         DemoResults(
-            videos=videos,
-            curated=curated,
-            autoencoder=autoencoder,
+            videos=models.videos,
+            curated=models.curated,
+            autoencoder=models.autoencoder,
             systems=systems,
             registered=registered,
             stream=stream_video,
@@ -184,8 +117,8 @@ def run_demo(settings: DemoSettings, out: Path) -> Path:
             stream_seconds=stream_seconds,
             stage_seconds=clock.seconds,
             world=settings.world,
-            train=train_config,
-            distill=distill_config,
+            train=settings.train,
+            distill=settings.distill,
             mlflow_command=mlflow_command(out),
         ),
     )

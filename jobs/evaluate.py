@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -14,6 +14,9 @@ from evaluation.sprite_score import SpriteScore, score
 from evaluation.sprites import SpritePrompt
 from jobs.console import OnProgress
 from streamdit.config import SamplingConfig
+
+if TYPE_CHECKING:
+    from streamdit.io import StreamingModel
 
 
 @dataclass(frozen=True)
@@ -52,20 +55,37 @@ def generate_batch(
     Returns:
         uint8 `[b, frames, H, W, 3]`.
     """
+    import streamdit
+
+    return stream_batch(streamdit.load(model), sampling, prompts, seeds, frames)
+
+
+def stream_batch(
+    model: StreamingModel,
+    sampling: SamplingConfig,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    frames: int,
+    plain: bool = False,
+) -> np.ndarray:
+    """:func:`generate_batch` with a model that is loaded.
+
+    `plain` evaluates the network as it is at every step, so that hooks on it see every evaluation.
+    """
     import torch
 
-    import streamdit
     from streamdit.decoding import to_uint8
+    from streamdit.io import DEFAULT_FAST
 
-    loaded = streamdit.load(model)
-    denoiser = loaded.denoiser(list(prompts), seeds, sampling)
+    fast = None if plain else DEFAULT_FAST
+    denoiser = model.denoiser(list(prompts), seeds, sampling, fast=fast)
     decoder_state, decoded = None, []
     with torch.no_grad():
         while sum(part.shape[1] for part in decoded) < frames:
             latents = denoiser.step()
             if latents is not None:
-                raw = loaded.autoencoder.denormalise(latents)
-                part, decoder_state = loaded.autoencoder.decode(raw, decoder_state)
+                raw = model.autoencoder.denormalise(latents)
+                part, decoder_state = model.autoencoder.decode(raw, decoder_state)
                 decoded.append(part)
         return to_uint8(torch.cat(decoded, dim=1)[:, :frames])
 
@@ -79,13 +99,15 @@ def generate_videos(
     batch: int = 16,
     on_progress: OnProgress | None = None,
 ) -> np.ndarray:
-    """Videos of `prompts`, uint8 `[i, frames, H, W, 3]`, from parallel Ray tasks of one CPU each.
+    """Videos of `prompts`, uint8 `[i, frames, H, W, 3]`, from parallel Ray tasks.
 
-    Video i is streamed with seed `seed + i`, whatever the batch size.
+    Each has one CPU, and a GPU where there are any. Video i is streamed with seed `seed + i`,
+    whatever the batch size.
     """
     import ray
 
-    remote = ray.remote(num_cpus=1)(generate_batch)
+    gpus = 1 if ray.cluster_resources().get("GPU") else 0
+    remote = ray.remote(num_cpus=1, num_gpus=gpus)(generate_batch)
     pending = {}
     for start in range(0, len(prompts), batch):
         part = list(prompts[start : start + batch])

@@ -1,0 +1,93 @@
+"""`streamdit bench sprites`: from given models to a report, and from nothing to one."""
+
+import json
+
+import pytest
+from model_directory import write_model_directory
+from typer.testing import CliRunner
+
+from jobs.bench_sprites import plan_systems
+from jobs.cli import app
+from streamdit.config import DistillationRecord, DistilledScheme, SamplingConfig
+from streamdit.errors import UserError
+from streamdit.io import read_model_config
+
+
+def run(*arguments):
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert "Traceback" not in result.output
+    return result
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """A teacher and a student with the same random weights."""
+    folder = tmp_path_factory.mktemp("models")
+    for name in ("teacher", "student"):
+        (folder / name).mkdir()
+    teacher = write_model_directory(folder / "teacher")
+    record = DistillationRecord(
+        schemes=(DistilledScheme(chunk_frames=1),),
+        starts=("text-to-video",),
+        teacher_sha256=read_model_config(teacher).weights_sha256,
+        teacher_micro_steps=3,
+        teacher_guidance_scale=2.0,
+    )
+    sampling = SamplingConfig(chunk_frames=1, micro_steps=1)
+    return teacher, write_model_directory(folder / "student", distilled=record, sampling=sampling)
+
+
+def test_systems_share_the_buffer_and_differ_in_steps_and_guidance(models):
+    systems = plan_systems(*models)
+    assert [system.label for system in systems] == [
+        "teacher, 12 steps, guidance 2",
+        "teacher, 4 steps, no guidance",
+        "student, 4 steps",
+    ]
+    assert {system.sampling.chunk_frames for system in systems} == {1}
+    with pytest.raises(UserError, match="was not distilled from"):
+        plan_systems(models[1], models[0])
+
+
+def test_report_counts_evaluations_and_compares_on_the_same_noise(models, tmp_path):
+    settings = ("prompts=2", "frames=8", "drift_prompts=1", "drift_buffers=[1]", "seeds=2")
+    options = ("--teacher", models[0], "--student", models[1], "--out", tmp_path)
+    result = run("bench", "sprites", *settings, *options)
+    assert result.exit_code == 0, result.output
+    record = json.loads((tmp_path / "report.json").read_text())
+    full, few, student = record["systems"]
+    # 16 FPS and 4 frames a chunk of one latent: 4 chunks a second; 3 guided steps count 6.
+    assert full["evaluations_per_second"] == 24.0
+    assert few["evaluations_per_second"] == student["evaluations_per_second"] == 4.0
+    # The student has its teacher's weights, so from the same noise it makes the same videos.
+    assert few["accuracy"] == student["accuracy"]
+    assert few["drift"] == student["drift"]
+    assert full["agreement"] == [1.0, 1.0]
+    assert "| points, paired by seed |" in (tmp_path / "report.md").read_text()
+    assert (tmp_path / "report.svg").stat().st_size > 1000
+    videos = sorted((tmp_path / "videos").iterdir())
+    made = [video.stat().st_mtime_ns for video in videos]
+    run("bench", "sprites", *settings, *options)
+    assert made == [video.stat().st_mtime_ns for video in videos]
+
+
+def test_models_come_in_pairs(models):
+    result = run("bench", "sprites", "--teacher", models[0])
+    assert result.exit_code == 2
+    assert "belong together" in result.output
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_models_are_made_where_none_are_given(tmp_path):
+    settings = (
+        *("prompts=2", "frames=8", "drift_prompts=1", "drift_buffers=[1]", "seeds=1"),
+        *("world.videos=6", "world.shots_per_video=4", "autoencoder.steps=20"),
+        *("train.steps=4", "train.global_batch=4", "train.model.depth=2", "train.launch.workers=1"),
+        *("distill.steps=2", "distill.global_batch=2", "distill.launch.workers=1"),
+        "distill.teacher.micro_steps=2",
+    )
+    result = run("bench", "sprites", *settings, "--out", tmp_path / "bench")
+    assert result.exit_code == 0, result.output
+    record = json.loads((tmp_path / "bench" / "report.json").read_text())
+    assert record["systems"][0]["label"] == "teacher, 16 steps, guidance 2.5"
