@@ -288,7 +288,7 @@ def _costs(
 def count_evaluations(
     model: StreamingModel, system: System, prompt: SpritePrompt, frames: int
 ) -> int:
-    """Evaluations that a stream takes, as a hook on the network sees them; a row of a batch is one."""
+    """Evaluations of a stream, as a hook on the network sees them; a batch row is one."""
     rows: list[int] = []
     hook = model.model.register_forward_hook(
         lambda module, inputs, output: rows.append(len(output))

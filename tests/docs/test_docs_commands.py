@@ -57,6 +57,7 @@ SMALL = {
     ),
     "train": (*MODEL, *RUN),
     "distill": (*RUN, "teacher.chunk_frames=1", "teacher.micro_steps=2"),
+    "rollouts": (*RUN, "teacher.chunk_frames=1", "teacher.micro_steps=2"),
     "bench": ("--rounds", "2"),
 }
 """Settings that make a command small; those that the page itself gives come after them and win."""
