@@ -31,10 +31,15 @@ SIMILARITY = 0.75
 
 @dataclass(frozen=True)
 class Layer:
-    """One source of values, and what to call it in a message."""
+    """One source of values, and what to call it in a message.
+
+    Its values are merged into those before it, or, if it is `whole`, its top-level keys take the
+    place of theirs.
+    """
 
     name: str
     values: DictConfig
+    whole: bool = False
 
 
 def preset_folder(stage: str) -> Traversable:
@@ -87,8 +92,11 @@ def load_config(
     layers += more
     if file is not None:
         layers.append(Layer(str(file), read_yaml(file)))
-    merged = OmegaConf.merge(*(layer.values for layer in layers))
-    assert isinstance(merged, DictConfig)
+    merged = OmegaConf.create()
+    for layer in layers:
+        for key in layer.values if layer.whole else ():
+            merged.pop(key, None)
+        merged.merge_with(layer.values)
     for override in overrides:
         layers.append(Layer("the command line", _apply_override(merged, override)))
     try:

@@ -81,6 +81,7 @@ def plan_stages(
     preset: str | None = None,
     overrides: Sequence[str] = (),
     datasets: Mapping[str, Path] | None = None,
+    parent: Sequence[Layer] = (),
 ) -> list[Stage]:
     """Settle every stage before the first one starts.
 
@@ -91,6 +92,7 @@ def plan_stages(
         preset: takes the place of the recipe's own preset.
         overrides: `key=value` for every stage that has such a setting, `STAGE.key=value` for one.
         datasets: directories by the names that stages call them.
+        parent: what a model to start from decides, over the preset.
 
     Raises:
         UserError: if any stage's settings do not fit, or their models differ in shape.
@@ -108,7 +110,7 @@ def plan_stages(
     stages = [
         Stage(
             stage.name,
-            _stage_config(recipe, stage, preset, overrides),
+            _stage_config(recipe, stage, preset, overrides, parent),
             datasets.get(stage.dataset or "", dataset),
             out / stage.name,
         )
@@ -119,12 +121,16 @@ def plan_stages(
 
 
 def _stage_config(
-    recipe: RecipeConfig, stage: StageConfig, preset: str | None, overrides: Sequence[str]
+    recipe: RecipeConfig,
+    stage: StageConfig,
+    preset: str | None,
+    overrides: Sequence[str],
+    parent: Sequence[Layer],
 ) -> RunConfig:
     """Preset, then the recipe, then the stage, then the command line: for all, for this one."""
     layers = [Layer(f"stage {stage.name} of the recipe", OmegaConf.create(stage.settings))]
     if stage.kind == "train":
-        layers.insert(0, Layer("the recipe", OmegaConf.create(recipe.settings)))
+        layers = [*parent, Layer("the recipe", OmegaConf.create(recipe.settings)), *layers]
     return load_config(
         SCHEMAS[stage.kind],
         stage=stage.kind,
@@ -192,8 +198,8 @@ def run_recipe(
     assert isinstance(first, TrainConfig)
     if parent is not None and read_model_config(parent).model != first.model:
         raise UserError(
-            f"{parent} holds a model of another shape than the recipe's; choose the --preset that "
-            "it was trained with"
+            f"{parent} holds a model of another shape than the recipe's settings ask for; leave "
+            "`model` out of them"
         )
     with _workers(address) as barrier:
         if redo is not None:

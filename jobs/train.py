@@ -76,7 +76,13 @@ def command(
         if config is not None:
             raise UserError("--config does not go with --recipe; write a recipe FILE.yaml")
         stages = plan_stages(
-            read_recipe(recipe), dataset, out, preset, overrides or (), _named(data or ())
+            read_recipe(recipe),
+            dataset,
+            out,
+            preset,
+            overrides or (),
+            _named(data or ()),
+            parent_layers(parent),
         )
         model_directory = run_recipe(Path(recipe).stem, stages, out, parent, address, redo)
         say_once(f"model: {model_directory}")
@@ -89,7 +95,7 @@ def command(
         preset=preset or "small",
         file=config,
         overrides=overrides or (),
-        more=_adapted(parent, config, overrides or ()),
+        more=parent_layers(parent, config, overrides or ()),
     )
     model_directory = launch(training_job(settings, dataset, out, parent), address)
     say_once(f"model: {model_directory}")
@@ -107,15 +113,21 @@ def _named(arguments: Sequence[str]) -> dict[str, Path]:
     return named
 
 
-def _adapted(parent: Path | None, file: Path | None, overrides: Sequence[str]) -> list[Layer]:
-    """Where adapters are trained, the shape and the partitions of the model that they are for."""
-    asked = any(override.startswith("lora") for override in overrides)
-    if parent is None or not (asked or (file is not None and "lora" in read_yaml(file))):
+def parent_layers(
+    parent: Path | None, file: Path | None = None, overrides: Sequence[str] = ()
+) -> list[Layer]:
+    """What a model directory to start from decides: its shape, whatever the preset's.
+
+    Adapters also keep the partitions of the model that they are for.
+    """
+    if parent is None:
         return []
-    known = read_model_config(parent).model_dump(
-        mode="json", include={"model", "partition", "sampling"}
-    )
-    return [Layer(str(parent), OmegaConf.create(known))]
+    keys = {"model"}
+    asked = any(override.startswith("lora") for override in overrides)
+    if asked or (file is not None and "lora" in read_yaml(file)):
+        keys |= {"partition", "sampling"}
+    known = read_model_config(parent).model_dump(mode="json", include=keys)
+    return [Layer(str(parent), OmegaConf.create(known), whole=True)]
 
 
 def training_job(

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from training_runs import losses, train
 
 from jobs.config import load_config
-from jobs.train import _adapted, training_job
+from jobs.train import parent_layers, training_job
 from streamdit.config import DiTConfig
 from streamdit.errors import UserError
 from streamdit.hashing import file_sha256
@@ -147,12 +147,14 @@ def test_adapters_take_the_shape_and_partitions_of_their_parent(parent, dataset)
         stage="train",
         preset="small",
         overrides=changes,
-        more=_adapted(parent, None, changes),
+        more=parent_layers(parent, None, changes),
     )
     mine = TrainConfig.model_validate(train_settings())
     assert (config.model, config.partition) == (mine.model, mine.partition)
     assert config.sampling.micro_steps == 3
-    assert _adapted(parent, None, ["steps=3"]) == []
+    (shape,) = parent_layers(parent, None, ["steps=3"])
+    assert set(shape.values) == {"model"}
+    assert parent_layers(None) == []
     with pytest.raises(UserError, match=r"trains adapters on a model, but none is given.*--from"):
         training_job(config, dataset, Path("out"))
 
