@@ -97,6 +97,7 @@ def plan_stages(
     Raises:
         UserError: if any stage's settings do not fit, or their models differ in shape.
     """
+    _check_names(recipe)
     datasets = dict(datasets or {})
     for directory in {dataset, *datasets.values()}:
         check_dataset(directory)
@@ -155,6 +156,17 @@ def _overrides_of(stage: StageConfig, recipe: RecipeConfig, overrides: Sequence[
         elif key in mine or key not in known:
             for_all.append(override)
     return for_all + for_one
+
+
+def _check_names(recipe: RecipeConfig) -> None:
+    """`NAME.key=value` must mean either a stage or a setting."""
+    settings = {key for schema in SCHEMAS.values() for key in schema.model_fields}
+    for stage in recipe.stages:
+        if stage.name in settings:
+            raise UserError(
+                f"stage {stage.name} is named like a setting; give it another name, so that "
+                f"{stage.name}.KEY=VALUE means one thing"
+            )
 
 
 def _check_shapes(stages: Sequence[Stage]) -> None:

@@ -145,6 +145,13 @@ def test_recipe_of_unknown_name_or_key_is_one_line(tmp_path):
         read_recipe(str(path))
 
 
+def test_stage_named_like_a_setting_is_refused(dataset, tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("stages: [{name: model}]")
+    with pytest.raises(UserError, match=r"stage model is named like a setting; .* model.KEY=VALUE"):
+        plan_stages(read_recipe(str(path)), dataset, tmp_path)
+
+
 def test_each_stage_starts_from_the_model_of_the_one_before_under_one_mlflow_run(
     dataset, other_dataset, tmp_path, one_worker
 ):
