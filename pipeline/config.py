@@ -193,6 +193,8 @@ class DecodeConfig(StrictModel):
     deadline_s: float = Field(default=900.0, gt=0)
     """Longest time for one call (a whole pass over a video, the sparse frames of a video, or one
     clip); a decoder that takes longer is killed and its input becomes a dead letter."""
+    salvage: bool = False
+    """Take the good beginning of a video that is damaged or cut off, instead of none of it."""
 
 
 class LimitsConfig(StrictModel):

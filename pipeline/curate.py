@@ -133,7 +133,9 @@ def curate_units(
 
 def curate_settings(config: IngestConfig) -> dict[str, Any]:
     """Everything that the files of a curated unit depend on, apart from its sources."""
-    values = config.model_dump(mode="json", include={"clip", "scenes", "threads"})
+    values = config.model_dump(
+        mode="json", include={"clip": True, "scenes": True, "threads": True, "decode": {"salvage"}}
+    )
     return {"revision": REVISION, **values}
 
 
@@ -215,6 +217,7 @@ def survey_in_child(
         source.source_id,
         config.clip,
         config.scenes,
+        config.decode.salvage,
         deadline_s=config.decode.deadline_s,
     )
 

@@ -26,7 +26,7 @@ class NoFrameTimesError(DecodeError):
 
 
 def survey(
-    uri: str, source_id: str, clip: ClipConfig, scenes: SceneConfig
+    uri: str, source_id: str, clip: ClipConfig, scenes: SceneConfig, salvage: bool = False
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Decode the video once and describe it.
 
@@ -35,22 +35,20 @@ def survey(
         source_id: its identity, from which the clips' follow.
         clip: shape of training clips.
         scenes: scene detection.
+        salvage: take the good beginning of a video that is damaged or cut off.
 
     Returns:
         Its row of the source table (:data:`pipeline.schema.SOURCE_SCHEMA`), and the rows of its
         clips (:data:`pipeline.schema.CLIP_SCHEMA`).
 
     Raises:
-        DecodeError: if it is truncated or holds no moving picture. FFmpeg's errors pass through.
+        DecodeError: if it holds no moving picture, or is truncated and not to be salvaged.
+            FFmpeg's errors pass through.
     """
     info = probe(uri)
     finder = SceneFinder(scenes, info.fps or DEFAULT_FPS)
     scores = FrameScores()
-    for time_s, picture in scan(uri, scenes.scan_height):
-        finder.add(time_s, picture)
-        scores.add(time_s, picture)
-    end_s = _end_of(finder.times, info)
-    _check_whole(info, len(finder.times), end_s)
+    end_s = _look_at_all(uri, scenes.scan_height, info, finder, scores, salvage)
     found = finder.scenes(end_s)
     shapes = {n: best_shape(info.height, info.width, n, clip) for n in clip.lengths}
     clips = [
@@ -71,6 +69,26 @@ def survey(
         "clips": len(clips),
     }
     return source, clips
+
+
+def _look_at_all(
+    uri: str, height: int, info: VideoInfo, finder: SceneFinder, scores: FrameScores, salvage: bool
+) -> float:
+    """Show every frame to `finder` and `scores`; returns when the video, or its good part, ends."""
+    from av.error import FFmpegError
+
+    try:
+        for time_s, picture in scan(uri, height):
+            finder.add(time_s, picture)
+            scores.add(time_s, picture)
+        end_s = _end_of(finder.times, info)
+        _check_whole(info, len(finder.times), end_s)
+    except (FFmpegError, TruncatedVideoError):
+        if not salvage or len(finder.times) <= MISSING_FRAMES:
+            raise
+        # Decoders make up what is missing of the last pictures before a break.
+        return finder.times[-MISSING_FRAMES]
+    return end_s
 
 
 def clip_identity(source_id: str, start_s: float, end_s: float, fps: float, frames: int) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
-from conftest import code_picture, read_code, write_video
+from conftest import code_picture, read_code, scene_pictures, write_video
 
 from pipeline.child import Child, ChildError
 from pipeline.clips import read_clip
@@ -152,6 +152,28 @@ def test_a_header_that_promises_more_frames_than_there_are_ends_in_an_error_not_
         survey(str(path), "s", ClipConfig(), SceneConfig())
     found = sample_frames(str(path), [0.52, 1.52], deadline_s=60)
     assert [read_code(p) for p in found] == [10, 30]
+
+
+def test_the_good_beginning_of_a_damaged_video_can_be_salvaged(tmp_path):
+    pictures = scene_pictures((30, 40, 200), 96)
+    whole = write_video(tmp_path / "v.mp4", pictures, options={"g": "8", "bf": "0"})
+    start = whole.read_bytes().index(b"mdat")
+    data = bytearray(whole.read_bytes())  # the index stands behind the pictures: damage these
+    end = data.index(b"moov")
+    middle = (start + end) // 2
+    data[middle : end - 8] = bytes(end - 8 - middle)
+    whole.write_bytes(data)
+    clip = ClipConfig(frames=16, height=32, width=32, stride_frames=16)
+    scenes = SceneConfig(detector="content", scan_height=64)
+    with pytest.raises((TruncatedVideoError, av.error.FFmpegError)):
+        survey(str(whole), "s", clip, scenes)
+    source, clips = survey(str(whole), "s", clip, scenes, salvage=True)
+    assert 1.5 < source["duration_s"] < 4.0
+    assert len(clips) == int(source["duration_s"])
+    last = read_clip(str(whole), clips[-1]["start_s"], 16, 16.0, 64, 64)
+    first = round(clips[-1]["start_s"] * 16)
+    expected = np.stack(pictures[first : first + 16]).astype(int)
+    assert np.abs(last - expected).mean() < 8
 
 
 def test_one_frame_is_a_video_and_no_frame_is_not(tmp_path):
