@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from pipeline import duplicate_table
 from pipeline.ledger import STAGE_KINDS, Ledger
 from pipeline.plan import require_plan
 from pipeline.schema import (
@@ -123,7 +124,10 @@ def read_overview(dataset_dir: DatasetPath) -> Overview:
     manifest = load_manifest(store) if store.exists(MANIFEST_FILE) else None
     return Overview(
         root=store.root,
-        stages=tuple(_stage(store, stage, units) for stage in STAGE_KINDS),
+        # The search for duplicates goes over all units at once, within curate.
+        stages=tuple(
+            _stage(store, stage, units) for stage in STAGE_KINDS if stage != duplicate_table.STAGE
+        ),
         sources=_table(store, "source", SOURCE_SCHEMA),
         clips=_annotated(store),
         selected=pq.read_table(store.source(manifest.selection.path)) if manifest else None,
