@@ -101,6 +101,8 @@ class ValidationConfig(StrictModel):
     """Steps between validations; the last step is always validated."""
     samples: int = Field(default=64, ge=0)
     """Held-out clips per validation (fewer if the data set has fewer); 0 switches it off."""
+    videos: int = Field(default=0, ge=0)
+    """Videos streamed for held-out captions per validation, into the MLflow run."""
 
 
 class DataConfig(StrictModel):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from training.metrics import StepMeter, device_peak_flops
 from training.objective import Mean, Objective, stack_draws
 from training.order import BatchOrder, sample_generator
 from training.records import Records
+from training.samples import sample_videos
 from training.schedule import learning_rate
 from training.stop import Interrupted, StopRequest
 from training.validation import validate
@@ -96,12 +98,13 @@ class Run:
             last = self.step == config.steps
             if last or self.step % config.log_every == 0 or self.step == 1:
                 self._log(figures, meter)
-            if config.validation.samples and (last or self.step % config.validation.every == 0):
+            stopping = stop.agreed() and not last
+            # Who asks to stop may not wait long, so nothing comes before the checkpoint then.
+            if not stopping and (last or self.step % config.validation.every == 0):
                 self._validate()
-            stopping = stop.agreed()
             if last or stopping or self.step % config.checkpoint.every == 0:
                 self._save()
-            if stopping and not last:
+            if stopping:
                 raise Interrupted(f"stopped at step {self.step}; the same command continues")
             waiting = time.perf_counter()
 
@@ -164,18 +167,21 @@ class Run:
         self.records.write(self.step, figures)
 
     def _validate(self) -> None:
+        """Held-out loss and videos of the averaged weights, and the loss of the last ones."""
         if not len(self.held_out):
             return
-        figures = {}
+        settings, figures = self.config.validation, {}
         self.engine.eval()
-        if self.config.ema_decay:
+        if self.config.ema_decay and settings.samples:
             figures |= {f"{name}_raw": loss for name, loss in self._held_out_figures().items()}
-            with self.ema.model_averaged():
+        with self.ema.model_averaged() if self.config.ema_decay else nullcontext():
+            if settings.samples:
                 figures |= self._held_out_figures()
-        else:
-            figures |= self._held_out_figures()
+            if settings.videos:
+                self._sample_videos(settings.videos)
         self.engine.train()
-        self.records.write(self.step, figures)
+        if figures:
+            self.records.write(self.step, figures)
 
     def _held_out_figures(self) -> dict[str, float]:
         figures = validate(
@@ -187,6 +193,12 @@ class Run:
             self.world,
         )
         return {f"validation_{name}": value for name, value in figures.items()}
+
+    def _sample_videos(self, count: int) -> None:
+        name = f"samples/step-{self.step:08d}"
+        folder = Path(self.job.out) / name
+        sample_videos(self.engine, self.job, self.held_out, count, folder, self.world)
+        self.records.artifact(folder, name)
 
     def _save(self) -> None:
         facts = CheckpointFacts(

@@ -1,16 +1,23 @@
 """Held-out loss: fixed draws, on the averaged weights, without touching the run."""
 
+import json
+
+import numpy as np
 import pytest
 import torch
 from latent_dataset import write_dataset
+from mlflow import MlflowClient
+from PIL import Image
 from training_runs import losses, tiny_job, train
 
+import streamdit
 from streamdit.io import load_model
 from training.data import LatentDataset
 from training.loader import BatchLoader
 from training.metrics import read_metrics
 from training.objective import make_flow_matching, stack_draws
 from training.order import BatchOrder, sample_generator
+from training.samples import write_gif
 from training.validation import VALIDATION_SEED
 
 
@@ -68,3 +75,34 @@ def test_validating_changes_nothing_of_the_run(dataset_dir, tmp_path, stage, pre
     train(dataset_dir, tmp_path / "never", validation={"samples": 0}, **options)
     assert len(rows(tmp_path / "often")) == 6
     assert losses(tmp_path / "often") == losses(tmp_path / "never")
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_videos_of_held_out_captions_are_those_of_the_exported_average(
+    dataset_dir, tmp_path, stage
+):
+    out = tmp_path / "out"
+    train(dataset_dir, out, zero_stage=stage, validation={"every": 6, "samples": 0, "videos": 3})
+    files = sorted((out / "samples" / "step-00000006").iterdir())
+    assert [file.name for file in files] == [f"{n:02d}-clip-{20 + n:03d}.gif" for n in range(3)]
+    client = MlflowClient(f"sqlite:///{out}/mlflow/mlflow.db")
+    run_id = json.loads((out / "mlflow-run.json").read_text())["run_id"]
+    logged = {item.path for item in client.list_artifacts(run_id, "samples/step-00000006")}
+    assert logged == {f"samples/step-00000006/{file.name}" for file in files}
+
+    # Clip 20 is of the third kind of caption.
+    stream = streamdit.load(out / "model").stream("nothing", seed=0)
+    expected = []
+    while len(expected) < 16:
+        expected += list(next(stream).frames)
+    write_gif(tmp_path / "expected.gif", np.stack(expected), fps=16)
+    with Image.open(files[0]) as video, Image.open(tmp_path / "expected.gif") as same:
+        assert video.n_frames == 16
+        assert video.info["duration"] == 60
+        for number, picture in enumerate(expected):
+            video.seek(number)
+            same.seek(number)
+            shown, wanted = (np.asarray(v.convert("RGB")).astype(float) for v in (video, same))
+            # Captions of a data set are kept in bfloat16; another video differs by about 60.
+            assert np.abs(shown - wanted).mean() < 6
+            assert np.abs(shown - picture).mean() < 20  # a GIF has 256 colours
