@@ -6,6 +6,7 @@ import json
 import resource
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -148,12 +149,13 @@ def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
 
 def format_line(row: dict[str, Any], steps: int) -> str:
     """A log line for people."""
-    minutes, seconds = divmod(int(row.get("eta_s", 0)), 60)
     parts = [f"step {row['step']:>6}/{steps}"]
     if "loss" in row:
         parts.append(f"loss {row['loss']:.4f}")
     if "validation_loss" in row:
         parts.append(f"held-out {row['validation_loss']:.4f}")
+    if row.get("skipped_steps"):
+        parts.append(f"{row['skipped_steps']} steps skipped")
     if "samples_per_s" in row:
         parts += [
             f"{row['samples_per_s']:.1f} samples/s",
@@ -163,6 +165,6 @@ def format_line(row: dict[str, Any], steps: int) -> str:
             f"step p50 {row['step_p50_s'] * 1e3:.0f} ms p95 {row['step_p95_s'] * 1e3:.0f} ms",
             f"data wait {row['data_wait_share']:.0%}",
             f"{row['peak_memory_gib']:.1f} GiB",
-            f"ETA {minutes}:{seconds:02d}",
+            f"ETA {timedelta(seconds=int(row['eta_s']))}",
         ]
     return "  ".join(parts)
