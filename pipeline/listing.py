@@ -28,13 +28,13 @@ from pipeline.manifests import (
 )
 from pipeline.signatures import SIGNATURE_BYTES, looks_like_video
 from pipeline.storage import (
+    StorageError,
     file_size,
     is_s3,
+    list_objects,
     open_binary,
     read_bytes,
     read_span,
-    s3_client,
-    split_s3,
 )
 from streamdit.errors import UserError
 
@@ -260,16 +260,11 @@ def _suffix(name: str) -> str:
 
 def _list_prefix(uri: str) -> Iterator[Entry]:
     """Objects under an `s3://` prefix."""
-    import botocore.exceptions
-
-    bucket, prefix = split_s3(uri)
-    pages = s3_client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
     try:
-        for page in pages:
-            for item in page.get("Contents", ()):
-                if not item["Key"].endswith("/"):
-                    yield Entry(f"s3://{bucket}/{item['Key']}", int(item["Size"]))
-    except (botocore.exceptions.ClientError, botocore.exceptions.BotoCoreError) as error:
+        for address, size in list_objects(uri):
+            if not address.endswith("/"):
+                yield Entry(address, size)
+    except StorageError as error:
         reason = " ".join(str(error).split())
         raise UserError(
             f"input {uri} cannot be listed ({reason}): check the bucket, and endpoint, region and "
