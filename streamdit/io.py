@@ -14,7 +14,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -40,8 +39,6 @@ from streamdit.text.base import TextEncoders
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 AUTOENCODER_FOLDER = "autoencoder"
-PICKLES = {".bin", ".ckpt", ".dill", ".joblib", ".pickle", ".pkl", ".pt", ".pth"}
-"""Suffixes of files that hold pickles, or may."""
 
 DEFAULT_FAST = FastConfig()
 """What costs nothing: tables of modulations and text memories, which change no result."""
@@ -336,9 +333,10 @@ def load(
         UserError: if it cannot be found or does not fit.
     """
     from streamdit.autoencoder import load_autoencoder
+    from streamdit.registered import download
     from streamdit.text import build_text_encoders
 
-    directory = _download(str(source)) if str(source).startswith("models:/") else Path(source)
+    directory = download(str(source)) if str(source).startswith("models:/") else Path(source)
     chosen = _device(device)
     if dtype is None and chosen.type == "cuda":
         dtype = torch.bfloat16
@@ -370,98 +368,3 @@ def check_autoencoder(found: AutoencoderIdentity, expected: AutoencoderIdentity)
             f"autoencoder {found.source} has SHA-256 {found.sha256[:12]}... but the model was "
             f"trained on latents of {expected.sha256[:12]}...; restore the original autoencoder"
         )
-
-
-def _download(uri: str) -> Path:
-    """Fetch a registered model from MLflow and find the model directory inside it."""
-    try:
-        import mlflow.artifacts
-        from mlflow.exceptions import MlflowException
-    except ImportError:
-        raise UserError(
-            f"{uri} is in an MLflow registry, but mlflow is not installed; pip install mlflow"
-        ) from None
-    try:
-        recorded = _recorded_hash(uri)
-        root = Path(mlflow.artifacts.download_artifacts(artifact_uri=uri))
-    except MlflowException as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(
-            f"{uri} cannot be loaded: {reason}; check the name and alias, and that "
-            "MLFLOW_TRACKING_URI points to the store that holds it"
-        ) from None
-    refuse_pickles(root, uri)
-    for path in sorted(root.rglob(CONFIG_FILE)):
-        if (path.parent / WEIGHTS_FILE).is_file():
-            found = read_model_config(path.parent).weights_sha256
-            if recorded and found != recorded:
-                raise UserError(
-                    f"{uri} holds weights {found[:12]}... but the registry recorded "
-                    f"{recorded[:12]}...; the artifact was changed, register the model again"
-                )
-            return path.parent
-    raise UserError(f"{uri} holds no model directory; register one with `streamdit register`")
-
-
-def _recorded_hash(uri: str) -> str | None:
-    """Hash of the weights as the registry's tags have it, if they do."""
-    from mlflow import MlflowClient
-
-    client = MlflowClient()
-    name, at, alias = uri.removeprefix("models:/").partition("@")
-    if at:
-        tags = client.get_model_version_by_alias(name, alias).tags
-    else:
-        name, _, version = name.partition("/")
-        if not version.isdigit():
-            return None
-        tags = client.get_model_version(name, version).tags
-    recorded: str | None = tags.get("weights_sha256")
-    return recorded
-
-
-def refuse_pickles(root: Path, source: str) -> None:
-    """Refuse an artifact that holds a file which runs code when it is loaded.
-
-    Raises:
-        UserError: naming the file.
-    """
-    for path in sorted(root.rglob("*")):
-        if path.suffix.lower() in PICKLES:
-            raise UserError(
-                f"{source} holds {path.relative_to(root)}, a pickle, which can run code when it is "
-                "loaded; register the model directory again with `streamdit register`"
-            )
-
-
-def _load_pyfunc(data_path: str) -> StreamPyFunc:
-    """Entry point that MLflow's pyfunc flavour calls (`loader_module="streamdit.io"`)."""
-    return StreamPyFunc(load(data_path))
-
-
-class StreamPyFunc:
-    """A model as MLflow's pyfunc flavour sees it: a table of prompts in, videos out."""
-
-    def __init__(self, model: StreamingModel) -> None:
-        self.model = model
-
-    def predict(self, model_input: Any, params: dict[str, Any] | None = None) -> list[Any]:
-        """Generate a clip for each prompt.
-
-        Args:
-            model_input: table with a column `prompt`.
-            params: `frames` (default 32) and `seed` (default 0).
-
-        Returns:
-            One uint8 array `[frames, H, W, 3]` per prompt.
-        """
-        params = params or {}
-        frames, seed = int(params.get("frames", 32)), int(params.get("seed", 0))
-        videos = []
-        for prompt in list(model_input["prompt"]):
-            stream = self.model.stream(str(prompt), seed=seed)
-            chunks: list[np.ndarray] = []
-            while sum(map(len, chunks)) < frames:
-                chunks.append(next(stream).frames)
-            videos.append(np.concatenate(chunks)[:frames])
-        return videos

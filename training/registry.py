@@ -18,9 +18,9 @@ from streamdit.io import (
     WEIGHTS_FILE,
     load_weights,
     read_model_config,
-    refuse_pickles,
 )
 from streamdit.partition import PartitionScheme
+from streamdit.registered import refuse_pickles
 from training.config import TrackingConfig
 from training.model_card import CARD_FILE, SAMPLE_FILE, model_card
 from training.tracking import connect, git_revision, use_store
@@ -168,7 +168,7 @@ def _create_version(
             shutil.copyfile(sample.video, data / SAMPLE_FILE)
         logged = mlflow.pyfunc.log_model(
             name="model",
-            loader_module="streamdit.io",
+            loader_module="streamdit.pyfunc",
             data_path=str(data),
             signature=_signature(),
             input_example=_input_example(sample.prompt if sample else None),
