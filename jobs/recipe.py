@@ -19,7 +19,7 @@ from omegaconf import OmegaConf
 from pydantic import ValidationError
 
 from distillation.config import DistillConfig
-from jobs.config import Layer, load_config, read_preset, read_yaml
+from jobs.config import Layer, available_presets, load_config, read_preset, read_yaml
 from jobs.console import console
 from jobs.distill import distillation_job
 from jobs.launch import is_main_process, launch, say_once
@@ -61,7 +61,11 @@ def read_recipe(source: str) -> RecipeConfig:
     Raises:
         UserError: if there is none, or it does not fit.
     """
-    is_file = source.endswith((".yaml", ".yml"))
+    is_file, known = source.endswith((".yaml", ".yml")), available_presets("recipe")
+    if not is_file and source not in known:
+        raise UserError(
+            f"there is no recipe {source!r}: choose one of {', '.join(known)}, or give a FILE.yaml"
+        )
     values = read_yaml(Path(source)) if is_file else read_preset("recipe", source)
     try:
         # Interpolations stay: they mean the settings of the stage that they end up in.

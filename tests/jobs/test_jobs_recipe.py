@@ -134,7 +134,7 @@ def test_mistake_in_any_stage_is_told_before_the_first_one_starts(
 
 
 def test_recipe_of_unknown_name_or_key_is_one_line(tmp_path):
-    with pytest.raises(UserError, match=r"preset 'papr' does not exist for recipe.*demo, paper"):
+    with pytest.raises(UserError, match=r"no recipe 'papr': choose one of demo, paper, or"):
         read_recipe("papr")
     path = tmp_path / "mine.yaml"
     path.write_text("stages: [{name: one, step: 3}]")
