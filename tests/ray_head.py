@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -51,6 +52,7 @@ def ray_head(folder: Path, cpus: int = 2, agent_port: int | None = None) -> Iter
     finally:
         process.send_signal(signal.SIGTERM)  # Ray then ends what it started
         process.wait(60)
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _wait_until_up(address: str, process: subprocess.Popen, log: Path) -> None:
