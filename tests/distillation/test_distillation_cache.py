@@ -22,6 +22,8 @@ from jobs.runtime import ray_runtime
 from streamdit.errors import UserError
 from streamdit.io import load_model, read_model_config
 from training.metrics import read_metrics
+from training.objective import stack_draws
+from training.order import sample_generator
 
 
 def settings(**changes):
@@ -106,9 +108,6 @@ def test_actor_makes_what_the_live_source_makes(folder, actor):
     batch, made = actor.roll_out(unit, unit.positions[:4])
     plan = teacher_plan(settings(), folder / "model")
     teacher = load_teacher(str(folder / "model"), settings(), torch.device("cpu"))
-    from training.data import sample_generator
-    from training.objective import stack_draws
-
     draws = stack_draws(
         [
             plan.draw(batch.latents.shape[1:], sample_generator(0, 0, place, "train-draws"))

@@ -144,10 +144,22 @@ def test_summary_counts_failures_by_reason(tmp_path, monkeypatch):
     ]
     write_dead_letters(tmp_path, "curate", "unit", letters)
     facts = jobs.ingest.curated_facts(
-        CurateSummary(sources=7, clips=1234, dead=10, video_s=90.0, skipped={"hidden": 2}, units=1)
+        CurateSummary(
+            sources=7,
+            clips=1234,
+            duplicates=30,
+            dead=10,
+            video_s=90.0,
+            skipped={"hidden": 2},
+            units=1,
+        )
     )
     lines = summary_text(monkeypatch, str(tmp_path), [Stage.CURATE], facts)
-    assert lines[:3] == ["videos 7 of 1 min 30 s together", "clips 1,234", "left aside hidden 2"]
+    assert lines[:3] == [
+        "videos 7 of 1 min 30 s together",
+        "clips 1,234, 30 of them near duplicates",
+        "left aside hidden 2",
+    ]
     assert lines[3] == (
         "failed 10: 4 × TimeoutError in curate, 3 × C in curate, 2 × B in curate, 1 more"
     )
