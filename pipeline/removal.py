@@ -190,7 +190,7 @@ def _rewrite_table(store: Store, path: str, note: RemovalNote) -> None:
 
 def _keeps(ids: pa.Table, note: RemovalNote) -> pa.ChunkedArray:
     """Which rows belong to none of the sources."""
-    gone = pa.chunked_array([pa.array([False] * ids.num_rows)])
+    gone = pa.chunked_array([pa.array([False] * ids.num_rows, pa.bool_())])
     for name, values in zip(IDENTIFYING, (note.source_ids, note.clip_ids, note.uris), strict=True):
         if name in ids.column_names:
             found = pc.is_in(ids[name], value_set=pa.array(values, pa.string()))
