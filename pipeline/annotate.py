@@ -186,7 +186,9 @@ class AnnotateUnit:
             rows = read_rows(self.store, marker, "annotation")
         except OSError:
             return {}
-        return {row["clip_id"]: row for row in rows if not is_lost(row)}
+        return {
+            row["clip_id"]: row for row in rows if not is_lost(row) and self.scores.has_all(row)
+        }
 
     def _annotate_source(
         self,
@@ -218,6 +220,8 @@ class AnnotateUnit:
         for clip in clips:
             clip_id = clip["clip_id"]
             scores = measured.get(clip_id) or before.get(clip_id) or dict.fromkeys(PICTURE_SCORES)
+            if clip_id not in measured and clip in fresh:
+                scores = {**scores, "clip_similarity": None}  # that of an earlier caption
             caption = _columns(captions[clip_id]) if clip_id in captions else {}
             rows.append({"clip_id": clip_id, **scores, **caption})
         return rows, dead

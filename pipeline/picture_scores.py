@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -40,6 +41,16 @@ class PictureScores:
     def read_captions(self) -> bool:
         """Whether a new caption changes a score."""
         return self.clip is not None
+
+    def has_all(self, row: Mapping[str, Any]) -> bool:
+        """Whether a row of annotations has every score that these models give its clip."""
+        due = ["colourfulness"]
+        if self.text_area:
+            due.append("text_area")
+        if self.clip:
+            due.extend(self.clip.heads)
+            due.extend(["clip_similarity"] if row["caption"] else [])
+        return all(row[name] is not None for name in due)
 
     def measure(
         self, pictures: Mapping[str, Sequence[np.ndarray]], captions: Mapping[str, str]

@@ -12,6 +12,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from pipeline.annotate import annotate
+from pipeline.child import ChildError
 from pipeline.clip_scores import ClipScores, load_head
 from pipeline.config import ClipScoreConfig, IngestConfig
 from pipeline.curate import curate
@@ -188,3 +189,31 @@ def test_a_new_caption_is_scored_again_and_other_clips_are_left_alone(
 
 def by_caption(dataset):
     return {row["caption"]: row for row in read_annotations(dataset).to_pylist()}
+
+
+def test_a_score_that_could_not_be_measured_is_tried_again(
+    clip_weights, tmp_path, small_config, without_ray, monkeypatch
+):
+    write_video(tmp_path / "a.mp4", scene_pictures((200, 30, 30), 16))
+    (tmp_path / "a.txt").write_text("a square")
+    values = small_config.model_dump()
+    values["scores"] = {"clip": {"model": f"local-dir:{clip_weights}"}}
+    config = IngestConfig.model_validate(values)
+    dataset = tmp_path / "data"
+    curate([str(tmp_path)], dataset, config)
+    annotate(dataset, config)
+    first = by_caption(dataset)["a square"]
+
+    def fail(*_):
+        raise ChildError("OSError", "the disk is slow today", retryable=True)
+
+    (tmp_path / "a.txt").write_text("something else entirely")
+    with monkeypatch.context() as patch:
+        patch.setattr("pipeline.annotate.sample_frames", fail)
+        assert annotate(dataset, config).dead == 1
+    between = by_caption(dataset)["something else entirely"]
+    assert between["clip_similarity"] is None, "the likeness of another caption"
+    assert between["colourfulness"] == first["colourfulness"]
+    assert annotate(dataset, config).dead == 0
+    after = by_caption(dataset)["something else entirely"]
+    assert after["clip_similarity"] not in (None, first["clip_similarity"])
