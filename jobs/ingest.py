@@ -208,7 +208,7 @@ def print_summary(dataset: str, stages: list[Stage], facts: dict[str, str]) -> N
         table.add_row(name, Text(text))
     _add_dead_letters(table, dataset)
     if Stage.ENCODE in stages:
-        table.add_row("manifest", Text(f"{dataset}/{MANIFEST_FILE}"))
+        table.add_row("manifest", Text(f"{dataset.rstrip('/')}/{MANIFEST_FILE}"))
     table.add_row("next", Text(next_step(dataset, stages)))
     Console(highlight=False).print(table)
 

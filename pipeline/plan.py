@@ -65,10 +65,11 @@ def require_plan(dataset_dir: DatasetPath | Store) -> list[Unit]:
     Raises:
         UserError: if it was not.
     """
-    units = read_plan(dataset_dir)
+    store = open_store(dataset_dir)
+    units = read_plan(store)
     if not units:
         raise UserError(
-            f"dataset {dataset_dir} holds no sources: run `streamdit ingest --only curate` on your "
+            f"dataset {store.root} holds no sources: run `streamdit ingest --only curate` on your "
             "videos first"
         )
     return units
