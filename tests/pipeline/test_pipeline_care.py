@@ -67,7 +67,9 @@ def test_a_whole_dataset_has_no_problems(dataset):
     assert seen[-1][:2] == (result.files, result.files)
 
 
-@pytest.mark.parametrize("kind", ["sources", "clips", "annotations", "latents", "text"])
+@pytest.mark.parametrize(
+    "kind", ["sources", "clips", "duplicates", "annotations", "latents", "text"]
+)
 def test_each_kind_of_damage_is_found_and_repaired_byte_for_byte(dataset, kind):
     whole = file_hashes(dataset)
     path = sorted((dataset / kind).glob(f"{kind.rstrip('s')}-*.parquet"))[0]
