@@ -112,7 +112,11 @@ def load_config(
 
 
 def read_preset(stage: str, preset: str) -> DictConfig:
-    """The preset's values; a missing one is answered with the list of those that exist."""
+    """The preset's values, over those of the preset that its key `base` names, if it has one.
+
+    Raises:
+        UserError: if there is no such preset, with the list of those that exist.
+    """
     presets = available_presets(stage)
     if preset not in presets:
         raise UserError(
@@ -120,7 +124,13 @@ def read_preset(stage: str, preset: str) -> DictConfig:
             f"{', '.join(presets) or '(none is installed)'}, or pass your own with --config FILE"
         )
     with resources.as_file(preset_folder(stage) / f"{preset}.yaml") as path:
-        return read_yaml(path)
+        values = read_yaml(path)
+    base = values.pop("base", None)
+    if base is None:
+        return values
+    merged = read_preset(stage, base)
+    merged.merge_with(values)
+    return merged
 
 
 def read_yaml(path: Path) -> DictConfig:

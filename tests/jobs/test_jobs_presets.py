@@ -4,14 +4,15 @@ import pytest
 import torch
 
 from distillation.config import DistillConfig
-from jobs.config import load_config
+from jobs.config import available_presets, load_config, read_preset
 from pipeline.config import IngestConfig
 from streamdit.model import StreamDiT
 from streamdit.partition import PartitionMixture, PartitionScheme
+from streamdit.published import TEXT_ENCODERS
 from training.config import TrainConfig
 
 
-@pytest.mark.parametrize("preset", ["demo", "small"])
+@pytest.mark.parametrize("preset", available_presets("train"))
 def test_presets_of_one_name_fit_each_other(preset):
     """What `ingest` makes, `train` takes and `distill` continues, each with the same preset."""
     ingest = load_config(IngestConfig, stage="ingest", preset=preset)
@@ -26,6 +27,13 @@ def test_presets_of_one_name_fit_each_other(preset):
         train.model.buffer_frames, teacher.chunk_frames, teacher.micro_steps
     )
     assert PartitionMixture(train.partition, train.model.buffer_frames).serves(scheme)
+    assert teacher.micro_steps == train.sampling.micro_steps
+
+
+@pytest.mark.parametrize("preset", [p for p in available_presets("ingest") if "4b" in p])
+def test_4b_data_has_the_text_states_of_the_published_encoders(preset):
+    encoders = load_config(IngestConfig, stage="ingest", preset=preset).text_encoders
+    assert encoders == tuple(TEXT_ENCODERS[name].config for name in ("ul2", "byt5", "metaclip"))
 
 
 def train_preset(name):
@@ -71,3 +79,14 @@ def test_variants_of_the_4b_preset_differ_in_what_they_are_named_for(preset, dif
     assert variant.model == base.model.model_copy(update=differences)
     assert variant.autoencoder == ("wan" if preset == "streamdit-4b-wan" else None)
     assert variant.model_copy(update={"model": base.model, "autoencoder": None}) == base
+
+
+def test_base_of_a_preset_is_overlaid_by_its_own_keys():
+    values = read_preset("train", "streamdit-4b-single")
+    base = read_preset("train", "streamdit-4b")
+    assert "base" not in values
+    assert values.model.pop("depth") == 38
+    assert values.model.pop("modulation") == "single"
+    assert base.model.pop("depth") == 28
+    assert base.model.pop("modulation") == "zero"
+    assert values == base
