@@ -14,7 +14,7 @@ from jobs.console import progress, say
 from jobs.options import TrackingDirectory, TrackingUri
 from streamdit.errors import UserError
 from training.config import TrackingConfig
-from training.registry import Promotion, Sample, register
+from training.registry import Promotion, Sample, check_names, register
 
 SAMPLE_PROMPT = "a boat on a lake"
 
@@ -66,6 +66,7 @@ def command(
         raise UserError("--lower-is-better says how to compare; add --if-better METRIC")
     if if_better is not None and alias is None:
         raise UserError("--if-better decides whether an alias moves; add --alias ALIAS")
+    check_names(name, alias)  # before the sample video, which takes its time
     promotion = Promotion(if_better, lower_is_better) if if_better is not None else None
     tracking = TrackingConfig(uri=tracking_uri, directory=str(tracking_directory))
     with tempfile.TemporaryDirectory() as folder:

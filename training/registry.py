@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -114,6 +115,7 @@ def register(
     """
     from mlflow.exceptions import MlflowException
 
+    check_names(name, alias)
     config = read_model_config(model_directory)
     load_weights(model_directory, config)  # refuses damaged weights before anybody can load them
     scores = dict(scores or {})
@@ -141,6 +143,25 @@ def register(
             f"model {name!r} cannot be registered in {uri}: {reason}; mend the name or the store"
         ) from None
     return RegisteredVersion(name, version, alias if moved else None, uri, tags, note)
+
+
+def check_names(name: str, alias: str | None) -> None:
+    """Refuse what MLflow would refuse too, but only after it has made a version.
+
+    Raises:
+        UserError: if the model's name or the alias cannot be one.
+    """
+    if not name.strip() or re.search(r"[/:'\"`]", name):
+        raise UserError(f"model name {name!r} is empty or holds one of / : ' \" `; choose another")
+    if alias is None:
+        return
+    if alias.lower() == "latest" or re.fullmatch(r"[vV]\d+", alias):
+        raise UserError(
+            f"alias {alias!r} is reserved by MLflow, for which it means a version; choose another, "
+            "such as best"
+        )
+    if not re.fullmatch(r"[\w-]+", alias):
+        raise UserError(f"alias {alias!r} may hold only letters, digits, _ and -; choose another")
 
 
 def _create_version(

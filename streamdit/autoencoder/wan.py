@@ -137,9 +137,10 @@ def load_wan(source: str | Path) -> WanAutoencoder:
 
     folder, subfolder = Path(source), None
     if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            subfolder = "vae"
-        check_class(folder / (subfolder or ""), source)
+        # The VAE's own folder, since model directories keep a copy of what is named here.
+        folder = folder if (folder / "config.json").is_file() else folder / "vae"
+        check_class(folder, source)
+        source = folder
     else:
         subfolder = hub_subfolder(str(source))
     try:

@@ -129,7 +129,10 @@ def test_the_hash_tells_other_weights_apart(wan: WanAutoencoder, tmp_path: Path)
 
 def test_a_pipeline_directory_loads_its_vae(wan: WanAutoencoder, tmp_path: Path):
     wan.vae.save_pretrained(tmp_path / "vae")
-    assert load_autoencoder(tmp_path).identity.sha256 == wan.identity.sha256
+    loaded = load_autoencoder(tmp_path)
+    assert loaded.identity.sha256 == wan.identity.sha256
+    # Not the pipeline, whose transformer and text encoder no model directory shall carry along.
+    assert loaded.identity.source == str(tmp_path / "vae")
 
 
 def test_clips_that_do_not_fit_are_refused(wan: WanAutoencoder):

@@ -9,7 +9,7 @@ import streamdit
 from streamdit.errors import UserError
 from streamdit.io import read_model_config
 from training.config import TrackingConfig
-from training.registry import find_registered, register
+from training.registry import check_names, find_registered, list_versions, register
 
 
 @pytest.fixture
@@ -67,3 +67,39 @@ def test_unknown_alias_is_one_line_that_says_where_to_look(tracking, tmp_path):
         streamdit.load("models:/tiny@nobody")
     assert "MLFLOW_TRACKING_URI" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_names_that_cannot_be_are_refused_before_a_version_is_made(tmp_path, tracking):
+    directory = write_model_directory(tmp_path)
+    for name, alias, message in (
+        ("tiny", "latest", "reserved by MLflow"),
+        ("tiny", "v2", "reserved by MLflow"),
+        ("tiny", "so good", "letters, digits"),
+        ("a/b", "best", "model name"),
+        ("", "best", "model name"),
+    ):
+        with pytest.raises(UserError, match=message) as caught:
+            register(directory, name, alias, tracking)
+        assert "\n" not in str(caught.value)
+    assert list_versions(tracking) == []
+
+
+def test_mlflow_reserves_what_is_refused_here_and_nothing_that_is_accepted():
+    from mlflow.exceptions import MlflowException
+    from mlflow.utils.validation import (
+        _validate_model_alias_name,
+        _validate_model_alias_name_reserved,
+    )
+
+    def refused(check, *names):
+        try:
+            check(*names)
+        except (MlflowException, UserError):
+            return True
+        return False
+
+    for alias in ("latest", "LATEST", "v1", "V12", "a b", "a.b", "best", "v", "v1a", "a_b-c", "1"):
+        theirs = refused(_validate_model_alias_name, alias) or refused(
+            _validate_model_alias_name_reserved, alias
+        )
+        assert refused(check_names, "tiny", alias) == theirs, alias
