@@ -20,6 +20,7 @@ from training.job import TrainJob
 from training.loop import train_loop
 from training.metrics import format_line, read_metrics
 from training.network import use_interface_with
+from training.records import send_left
 from training.stop import Interrupted
 from training.tracking import pinned
 
@@ -41,6 +42,7 @@ def launch(job: TrainJob, address: str | None = None) -> Path:
     )
     if job.finished():
         say_once(f"{job.run_name}: {job.model_directory} is finished already")
+        catch_up(job)
         return job.model_directory
     if "RANK" in os.environ:
         with follow(job) if is_main_process() else nullcontext():
@@ -60,6 +62,12 @@ def say_once(message: str) -> None:
     """Print a line, once for all workers."""
     if is_main_process():
         say(message)
+
+
+def catch_up(job: TrainJob) -> None:
+    """Send what a finished run could not send to its tracking server, if anything."""
+    if is_main_process() and (left := send_left(job)):
+        say(f"{job.run_name}: MLflow is away; {left} unsent records wait in {job.out}")
 
 
 def _with_pinned_store(config: RunConfig) -> RunConfig:
@@ -219,7 +227,7 @@ def _show_lines(job: TrainJob, on_progress: Any, stop: threading.Event, shown: i
         shown = min(shown, len(rows))  # a resumed run drops lines that it will make again
         for row in rows[shown:]:
             console.print(format_line(row, job.config.steps), markup=False, soft_wrap=True)
-            if "loss" in row:
+            if console.is_terminal and "loss" in row:  # in a log file the lines say it already
                 on_progress(row["step"], job.config.steps, {"loss": row["loss"]})
         shown = len(rows)
         if last_look:

@@ -22,7 +22,7 @@ from distillation.config import DistillConfig
 from jobs.config import Layer, available_presets, load_config, read_preset, read_yaml
 from jobs.console import console
 from jobs.distill import distillation_job
-from jobs.launch import is_main_process, launch, say_once
+from jobs.launch import catch_up, is_main_process, launch, say_once
 from jobs.runtime import ray_runtime
 from jobs.train import check_dataset, training_job
 from streamdit.errors import UserError
@@ -231,6 +231,7 @@ def run_recipe(
                 _check_unchanged(stage, job)
                 parent = job.model_directory
                 if job.finished():
+                    catch_up(job)
                     continue
                 say_once(f"stage {number}/{len(stages)}: {stage.name}")
                 if is_main_process():

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import atexit
+import io
+import logging
 import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache
@@ -103,23 +108,39 @@ def build_engine(module: nn.Module, config: RunConfig, world: World) -> Any:
         # DeepSpeed picks its accelerator when it is imported.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.setdefault("DS_LOG_LEVEL", "ERROR")
-    import deepspeed
-    from deepspeed.utils import logger
-
-    logger.setLevel("ERROR")
     optimizer = torch.optim.AdamW(
         [parameter for parameter in module.parameters() if parameter.requires_grad],
         lr=config.optimizer.learning_rate,
         betas=config.optimizer.betas,
         weight_decay=config.optimizer.weight_decay,
     )
-    engine, *_ = deepspeed.initialize(
-        model=module,
-        optimizer=optimizer,
-        config=deepspeed_config(config, world.size),
-        dist_init_required=False,
-    )
+    with _quiet_libraries():
+        import deepspeed
+        from deepspeed.utils import logger
+
+        logger.setLevel("ERROR")
+        engine, *_ = deepspeed.initialize(
+            model=module,
+            optimizer=optimizer,
+            config=deepspeed_config(config, world.size),
+            dist_init_required=False,
+        )
     return engine
+
+
+@contextmanager
+def _quiet_libraries() -> Iterator[None]:
+    """Keep what concerns only DeepSpeed's and PyTorch's own developers out of a run's log.
+
+    DeepSpeed prints what it has compiled, and PyTorch warns of a CUDA toolkit without a GPU and
+    of calls of DeepSpeed's that will have new names.
+    """
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    warnings.filterwarnings(
+        "ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning
+    )
+    with redirect_stdout(io.StringIO()):
+        yield
 
 
 def set_learning_rate(engine: Any, learning_rate: float) -> None:

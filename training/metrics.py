@@ -152,6 +152,8 @@ def format_line(row: dict[str, Any], steps: int) -> str:
     parts = [f"step {row['step']:>6}/{steps}"]
     if "loss" in row:
         parts.append(f"loss {row['loss']:.4f}")
+    if "gradient_norm" in row:
+        parts.append(f"grad norm {row['gradient_norm']:.3g}  lr {row['learning_rate']:.3g}")
     if "validation_loss" in row:
         parts.append(f"held-out {row['validation_loss']:.4f}")
     if row.get("skipped_steps"):
@@ -160,7 +162,7 @@ def format_line(row: dict[str, Any], steps: int) -> str:
         parts += [
             f"{row['samples_per_s']:.1f} samples/s",
             f"{row['tokens_per_s_per_device'] / 1e3:.1f}k tokens/s/device",
-            f"{row['model_tflops_per_device']:.2f} TFLOP/s"
+            f"{row['model_tflops_per_device']:.3g} TFLOP/s"
             + (f" (MFU {row['mfu']:.1%}, HFU {row['hfu']:.1%})" if "mfu" in row else ""),
             f"step p50 {row['step_p50_s'] * 1e3:.0f} ms p95 {row['step_p95_s'] * 1e3:.0f} ms",
             f"data wait {row['data_wait_share']:.0%}",

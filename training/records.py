@@ -9,10 +9,12 @@ from typing import Any
 
 from training.job import TrainJob
 from training.metrics import MetricsFile
-from training.tracking import Tracker
+from training.tracking import Tracker, make_client
 
 RUN_FILE = "mlflow-run.json"
 OUTBOX = "mlflow-outbox.jsonl"
+OUTBOXES = "mlflow-outbox*.jsonl"
+"""The main rank's, and those of the machines' load."""
 
 
 class Records:
@@ -77,6 +79,21 @@ class Records:
             self._metrics.close()
         if self._tracker is not None:
             self._tracker.finish(status)
+
+
+def send_left(job: TrainJob) -> int:
+    """Send what a finished run could not, now that its server may be back.
+
+    Returns:
+        Records that still wait; 0 also where none did.
+    """
+    out, left = Path(job.out), 0
+    run_id = _known_run(job)
+    if run_id is None:
+        return 0
+    for path in sorted(out.glob(OUTBOXES)):
+        left += Tracker(make_client(job.config.tracking), run_id, path).leave()
+    return left
 
 
 def _known_run(job: TrainJob) -> str | None:

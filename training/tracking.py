@@ -187,9 +187,13 @@ class Tracker:
         if left:
             logger.warning("MLflow run %s: %d records could not be sent", self.run_id, left)
 
-    def leave(self) -> None:
-        """Stop writing without closing the run, which others still write to."""
-        self._outbox.close()
+    def leave(self) -> int:
+        """Stop writing without closing the run, which others still write to.
+
+        Returns:
+            Records that could not be sent.
+        """
+        return self._outbox.close()
 
     def _send(self, calls: list[Call]) -> int:
         """Write the oldest calls: one, or as many metrics in a row as one request takes."""

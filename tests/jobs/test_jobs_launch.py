@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from latent_dataset import train_settings, write_dataset
+from training_runs import tiny_job, train
 
 from jobs.launch import _check_nodes, launch
 from jobs.runtime import ray_runtime
@@ -42,13 +43,13 @@ def dying_objective(folder, job, device):
     objective = make_flow_matching(job, device)
     mark, draw, calls = Path(folder) / "killed", objective.draw, 0
 
-    def deadly_draw(shape, generator):
+    def deadly_draw(shape, generator, progress):
         nonlocal calls
         calls += 1
         if dist.get_rank() == 1 and calls > 4 * 4 and not mark.exists():
             mark.write_text("")
             os.kill(os.getpid(), signal.SIGKILL)
-        return draw(shape, generator)
+        return draw(shape, generator, progress)
 
     objective.draw = deadly_draw
     return objective
@@ -144,3 +145,31 @@ def test_worker_per_node_needs_as_many_nodes_unless_a_cluster_may_grow(capsys):
     assert capsys.readouterr().err == ""
     _check_nodes(spread, nodes=1, may_grow=True)
     assert capsys.readouterr().err == ("3 workers wait for a node each: the cluster has 1 now\n")
+
+
+def test_records_that_a_finished_run_left_behind_are_sent_by_the_same_command(
+    tmp_path, capsys, monkeypatch
+):
+    from mlflow import MlflowClient
+
+    dataset, out = write_dataset(tmp_path / "dataset"), tmp_path / "run"
+    train(dataset, out, steps=1)
+    outboxes = [out / "mlflow-outbox.jsonl", out / "mlflow-outbox-gpu-7.jsonl"]
+    for number, outbox in enumerate(outboxes):
+        record = {"kind": "metrics", "values": [[f"late_{number}", 1.5 + number, 1000, 1]]}
+        outbox.write_text(json.dumps(record) + "\n")
+
+    with monkeypatch.context() as impatient:
+        impatient.setattr("training.outbox.CLOSE_WAIT_S", 0.2)
+        away = {"uri": f"http://127.0.0.1:{free_port()}"}
+        launch(tiny_job(dataset, out, steps=1, tracking=away))
+    assert f"train: MLflow is away; 2 unsent records wait in {out}" in capsys.readouterr().err
+    assert all(len(outbox.read_text().splitlines()) == 1 for outbox in outboxes)
+
+    assert launch(tiny_job(dataset, out, steps=1)) == out / "model"
+    assert capsys.readouterr().err == f"train: {out}/model is finished already\n"
+    run_id = json.loads((out / "mlflow-run.json").read_text())["run_id"]
+    found = MlflowClient(f"sqlite:///{out}/mlflow/mlflow.db").get_run(run_id)
+    assert (found.data.metrics["late_0"], found.data.metrics["late_1"]) == (1.5, 2.5)
+    assert found.info.status == "FINISHED"
+    assert not any(outbox.exists() for outbox in outboxes)

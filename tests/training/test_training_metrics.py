@@ -10,7 +10,7 @@ from streamdit.text import TextStates
 from training.data import Batch
 from training.engine import World
 from training.means import Means
-from training.metrics import StepMeter
+from training.metrics import StepMeter, format_line
 from training.objective import Mean
 
 MODEL = DiTConfig.model_validate(
@@ -77,3 +77,29 @@ def test_means_are_over_micro_batches_and_ranks_by_weight():
     means.add({"empty": Mean(torch.tensor(0.0), torch.tensor(0))})
     world = TwoRanks(rank=0, size=2, device=torch.device("cpu"))
     assert means.reduce(world) == {"loss": 44.0 / 20, "plain": 2.5, "only_there": 2.0}
+
+
+def test_line_of_a_step_tells_learning_from_speed():
+    row = {
+        "step": 20,
+        "loss": 1.5,
+        "gradient_norm": 0.4567,
+        "learning_rate": 1e-5,
+        "samples_per_s": 156.64,
+        "tokens_per_s_per_device": 1300.0,
+        "model_tflops_per_device": 0.00123,
+        "step_p50_s": 0.051,
+        "step_p95_s": 0.056,
+        "data_wait_share": 0.03,
+        "peak_memory_gib": 0.94,
+        "eta_s": 61.9,
+    }
+    step, figures = format_line(row, 100).split("/100  ")
+    assert step == "step     20"
+    assert figures.split("  ") == [
+        *("loss 1.5000", "grad norm 0.457", "lr 1e-05", "156.6 samples/s"),
+        *("1.3k tokens/s/device", "0.00123 TFLOP/s", "step p50 51 ms p95 56 ms"),
+        *("data wait 3%", "0.9 GiB", "ETA 0:01:01"),
+    ]
+    held_out = format_line({"step": 20, "validation_loss": 1.7}, 100)
+    assert held_out == "step     20/100  held-out 1.7000"
