@@ -23,7 +23,7 @@ from pipeline.latents import latent_row
 from pipeline.schema import LATENT_SCHEMA
 from pipeline.shards import ShardWriter
 from pipeline.store import open_store
-from training.data import read_tensor
+from training.row_groups import read_tensor
 
 ROUNDS = 5
 SHAPE = (16, 12, 64, 64)

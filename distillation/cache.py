@@ -23,8 +23,9 @@ from distillation.rollout import Rollout
 from streamdit.config import StreamDiTConfig, StrictModel
 from streamdit.errors import UserError
 from streamdit.flow import VelocityFunction
-from training.data import Batch, LatentDataset, RowGroups, read_tensor, tensor_columns
+from training.data import Batch, LatentDataset
 from training.objective import Draws
+from training.row_groups import RowGroups, read_tensor, tensor_columns
 
 MANIFEST_FILE = "manifest.json"
 TENSORS = ("start", "target")

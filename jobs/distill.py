@@ -13,6 +13,7 @@ from distillation.plan import RolloutPlan, per_segment
 from jobs.config import load_config
 from jobs.options import Address, ConfigFile, Dataset, Overrides, Preset, RunDirectory
 from jobs.train import check_dataset
+from pipeline.store import DatasetPath, open_store
 from streamdit.config import (
     DistillationRecord,
     DistilledScheme,
@@ -67,7 +68,7 @@ def command(
 
 
 def distillation_job(
-    config: DistillConfig, dataset: Path, teacher: Path, out: Path, name: str = "distill"
+    config: DistillConfig, dataset: DatasetPath, teacher: Path, out: Path, name: str = "distill"
 ) -> TrainJob:
     """The job that `streamdit distill` runs.
 
@@ -91,7 +92,7 @@ def distillation_job(
         sampling=SamplingConfig(
             chunk_frames=scheme.c, reference_frames=scheme.K, micro_steps=1, start=taught[0]
         ),
-        dataset=str(dataset.resolve()),
+        dataset=open_store(dataset).root,
         out=str(out.resolve()),
         make_objective=make_objective,
         run_name=name,

@@ -34,9 +34,12 @@ Overrides = Annotated[
 
 
 Dataset = Annotated[
-    Path, typer.Argument(metavar="DATASET", help="Dataset directory from `streamdit ingest`.")
+    str,
+    typer.Argument(
+        metavar="DATASET", help="Dataset from `streamdit ingest`: a folder, or s3://bucket/prefix."
+    ),
 ]
-"""The dataset directory that a training command reads."""
+"""The dataset that a training command reads."""
 
 RunDirectory = Annotated[
     Path,

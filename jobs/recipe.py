@@ -25,6 +25,7 @@ from jobs.distill import distillation_job
 from jobs.launch import catch_up, is_main_process, launch, say_once
 from jobs.runtime import ray_runtime
 from jobs.train import check_dataset, training_job
+from pipeline.store import DatasetPath
 from streamdit.errors import UserError
 from streamdit.io import read_model_config
 from training.config import RunConfig, TrainConfig
@@ -43,7 +44,7 @@ class Stage:
 
     name: str
     config: RunConfig
-    dataset: Path
+    dataset: DatasetPath
     out: Path
 
     def job(self, parent: Path | None) -> TrainJob:
@@ -80,11 +81,11 @@ def read_recipe(source: str) -> RecipeConfig:
 
 def plan_stages(
     recipe: RecipeConfig,
-    dataset: Path,
+    dataset: DatasetPath,
     out: Path,
     preset: str | None = None,
     overrides: Sequence[str] = (),
-    datasets: Mapping[str, Path] | None = None,
+    datasets: Mapping[str, DatasetPath] | None = None,
     parent: Sequence[Layer] = (),
 ) -> list[Stage]:
     """Settle every stage before the first one starts.

@@ -17,6 +17,7 @@ from jobs.distill import teacher_plan
 from jobs.options import Address, ConfigFile, Dataset, Overrides, Preset
 from jobs.runtime import ray_runtime
 from jobs.train import check_dataset
+from pipeline.store import DatasetPath, open_store
 from streamdit.errors import UserError
 from streamdit.io import read_model_config
 
@@ -73,7 +74,7 @@ def command(
 
 
 def make_rollouts(
-    dataset: Path,
+    dataset: DatasetPath,
     teacher: Path,
     out: Path,
     config: DistillConfig,
@@ -107,7 +108,7 @@ def make_rollouts(
     actors = [
         ray.remote(num_cpus=launch.cpus_per_worker, num_gpus=int(launch.use_gpu), max_restarts=2)(
             RolloutActor
-        ).remote(str(dataset.resolve()), str(teacher.resolve()), str(out.resolve()), config)
+        ).remote(open_store(dataset).root, str(teacher.resolve()), str(out.resolve()), config)
         for _ in range(min(launch.workers, len(missing)))
     ]
     total = sum(len(unit.positions) for unit in units)
@@ -140,7 +141,7 @@ def _claim(out: Path, request: dict[str, Any]) -> None:
         )
 
 
-def plan_units(dataset: Path, per_clip: int) -> list[Unit]:
+def plan_units(dataset: DatasetPath, per_clip: int) -> list[Unit]:
     """All files that a data set's rollouts take, of both splits."""
     from training.data import LatentDataset
 

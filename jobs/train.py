@@ -11,6 +11,8 @@ from omegaconf import OmegaConf
 
 from jobs.config import Layer, load_config, read_yaml
 from jobs.options import Address, ConfigFile, Dataset, Overrides, RunDirectory
+from pipeline.schema import load_manifest
+from pipeline.store import DatasetPath, DiskStore, open_store
 from streamdit.errors import UserError
 from streamdit.io import read_model_config
 from training.config import TrainConfig
@@ -102,14 +104,14 @@ def command(
     say_once(f"next: streamdit distill {dataset} --teacher {model_directory} --out DIR")
 
 
-def _named(arguments: Sequence[str]) -> dict[str, Path]:
-    """Directories by name, from `NAME=DIR` each."""
+def _named(arguments: Sequence[str]) -> dict[str, str]:
+    """Data sets by name, from `NAME=DIR` each."""
     named = {}
     for argument in arguments:
         name, separator, directory = argument.partition("=")
         if not (name and separator and directory):
             raise UserError(f"--data {argument!r} is not of the form NAME=DIR")
-        named[name] = Path(directory)
+        named[name] = directory
     return named
 
 
@@ -131,7 +133,11 @@ def parent_layers(
 
 
 def training_job(
-    config: TrainConfig, dataset: Path, out: Path, parent: Path | None = None, name: str = "train"
+    config: TrainConfig,
+    dataset: DatasetPath,
+    out: Path,
+    parent: Path | None = None,
+    name: str = "train",
 ) -> TrainJob:
     """The job that `streamdit train` runs.
 
@@ -149,7 +155,7 @@ def training_job(
         model=config.model,
         partition=config.partition,
         sampling=config.sampling,
-        dataset=str(dataset.resolve()),
+        dataset=open_store(dataset).root,
         out=str(out.resolve()),
         make_objective=make_flow_matching,
         run_name=name,
@@ -158,16 +164,15 @@ def training_job(
     )
 
 
-def check_dataset(dataset: Path) -> None:
+def check_dataset(dataset: DatasetPath) -> None:
     """Refuse a path that is no dataset before any worker starts."""
-    if not dataset.is_dir():
+    store = open_store(dataset)
+    if isinstance(store, DiskStore) and not store.folder.is_dir():
         raise UserError(
             f"dataset {dataset} does not exist; make one with `streamdit ingest VIDEOS --out "
             f"{dataset} --autoencoder DIR`"
         )
-    from pipeline.schema import load_manifest
-
-    load_manifest(dataset)
+    load_manifest(store)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import typer
 from jobs.config import load_config
 from jobs.console import OnProgress, format_duration, format_parameters, progress, say
 from jobs.options import ConfigFile, Overrides, Preset
+from pipeline.store import DatasetPath
 from training.autoencoder import (
     AutoencoderTrainConfig,
     AutoencoderTrainSummary,
@@ -28,9 +29,11 @@ SHOWN = ("loss", "psnr", "held_out_psnr", "clips_per_s")
 
 def command(
     dataset: Annotated[
-        Path,
+        str,
         typer.Argument(
-            metavar="DATASET", help="Dataset directory, curated: `streamdit ingest --only curate`."
+            metavar="DATASET",
+            help="Curated dataset (`streamdit ingest --only curate`): a folder, or "
+            "s3://bucket/prefix.",
         ),
     ],
     overrides: Overrides = None,
@@ -58,12 +61,12 @@ def command(
 
 
 def train_tracked(
-    dataset: Path, out: Path, config: AutoencoderTrainConfig, tracking: TrackingConfig
+    dataset: DatasetPath, out: Path, config: AutoencoderTrainConfig, tracking: TrackingConfig
 ) -> AutoencoderTrainSummary:
     """Train with progress on the console and the run in MLflow.
 
     Args:
-        dataset: curated dataset directory.
+        dataset: curated dataset, a folder or an `s3://` prefix.
         out: directory of the autoencoder; a finished one is not trained again.
         config: how to train.
         tracking: where the run is recorded.

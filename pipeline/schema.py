@@ -11,14 +11,15 @@ dataset/
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Literal
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from isal import isal_zlib
 from pydantic import Field, ValidationError
 
 from pipeline.store import DatasetPath, Store, open_store, walk_parquet
@@ -270,7 +271,7 @@ def load_manifest(dataset_dir: DatasetPath | Store) -> Manifest:
         text = store.read_text(MANIFEST_FILE)
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(
-            f"dataset {dataset_dir} has no {MANIFEST_FILE}: it is not a dataset directory or its "
+            f"dataset {store.root} has no {MANIFEST_FILE}: it is not a dataset directory or its "
             "encoding is not finished; run `streamdit ingest` (again) to complete it"
         ) from None
     try:
@@ -349,10 +350,11 @@ def encode_tensor(tensor: torch.Tensor) -> tuple[bytes, list[int], str, int]:
     """
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     data = flat.view(torch.uint8).numpy().tobytes()
-    return data, list(tensor.shape), str(tensor.dtype).removeprefix("torch."), zlib.crc32(data)
+    return data, list(tensor.shape), str(tensor.dtype).removeprefix("torch."), isal_zlib.crc32(data)
 
 
 def decode_tensor(data: bytes, shape: Iterable[int], dtype: str) -> torch.Tensor:
     """The inverse of :func:`encode_tensor`; the result owns its memory."""
-    # A bytearray, because torch wants memory that it may write to.
-    return torch.frombuffer(bytearray(data), dtype=getattr(torch, dtype)).reshape(tuple(shape))
+    tensor = torch.empty(tuple(shape), dtype=getattr(torch, dtype))
+    tensor.reshape(-1).view(torch.uint8).numpy()[:] = np.frombuffer(data, np.uint8)
+    return tensor

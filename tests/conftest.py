@@ -1,6 +1,7 @@
 """What every test relies on: no test leaves its MLflow store to the next."""
 
 import os
+import socket
 import sys
 
 import pytest
@@ -25,3 +26,28 @@ def one_worker(monkeypatch):
     join_world()
     for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}.items():
         monkeypatch.setenv(name, value)
+
+
+@pytest.fixture
+def s3(monkeypatch):
+    """An S3 server on this machine, with one bucket."""
+    import boto3
+    from moto.server import ThreadedMotoServer
+
+    from pipeline import storage
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=port, verbose=False)
+    server.start()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    storage._s3_client.cache_clear()
+    client = boto3.client("s3")
+    client.create_bucket(Bucket="videos")
+    yield client
+    server.stop()
+    storage._s3_client.cache_clear()

@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-import zlib
-from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from pipeline.schema import Manifest, decode_tensor, encode_tensor, load_manifest
+from pipeline.schema import AUTOENCODER_FOLDER, Manifest, load_manifest
+from pipeline.store import DatasetPath, open_store
 from streamdit.autoencoder.base import latent_statistics
 from streamdit.config import DiTConfig, StreamDiTConfig, TextEncoderConfig
 from streamdit.errors import UserError
-from streamdit.hashing import file_sha256
 from streamdit.text.base import TextStates
+from training.row_groups import CACHE_BYTES, RowGroups, read_tensor
 
 
 @dataclass(frozen=True)
@@ -84,72 +82,22 @@ ADDRESS = [
 """Columns of the selection that say where a clip lies."""
 
 
-class RowGroups:
-    """Row groups of Parquet shards, read whole and kept while they fit a budget of bytes."""
-
-    def __init__(self, root: Path, budget_bytes: int = 512 << 20) -> None:
-        self.root = root
-        self.budget_bytes = budget_bytes
-        self._cache: OrderedDict[tuple[str, int], pa.Table] = OrderedDict()
-        self._bytes = 0
-
-    def __reduce__(self) -> tuple[type[RowGroups], tuple[Path, int]]:
-        """Travel to another process without what is cached."""
-        return RowGroups, (self.root, self.budget_bytes)
-
-    def row(self, file: str, group: int, row: int) -> dict[str, Any]:
-        """One row, by its address."""
-        table = self._table(file, group)
-        values: dict[str, Any] = table.slice(row, 1).to_pylist()[0]
-        return values
-
-    def _table(self, file: str, group: int) -> pa.Table:
-        key = (file, group)
-        if key in self._cache:
-            self._cache.move_to_end(key)
-            return self._cache[key]
-        # pre_buffer holds whole files of wide binary columns in memory; one group is enough.
-        with pq.ParquetFile(self.root / file, pre_buffer=False) as parquet:
-            table = parquet.read_row_group(group)
-        self._cache[key] = table
-        self._bytes += table.nbytes
-        while self._bytes > self.budget_bytes and len(self._cache) > 1:
-            _, dropped = self._cache.popitem(last=False)
-            self._bytes -= dropped.nbytes
-        return table
-
-
-def read_tensor(row: dict[str, Any], column: str, where: str) -> Tensor:
-    """A tensor column of a shard row, after checking its CRC."""
-    payload = row[column]
-    if zlib.crc32(payload) != row[f"{column}_crc"]:
-        raise UserError(
-            f"{where}: column {column} of clip {row['clip_id']} is damaged (CRC differs); encode "
-            "the data set again"
-        )
-    return decode_tensor(payload, row[f"{column}_shape"], row[f"{column}_dtype"])
-
-
-def tensor_columns(tensor: Tensor, column: str) -> dict[str, Any]:
-    """The columns of a tensor in a row, for :func:`read_tensor`."""
-    keys = (column, f"{column}_shape", f"{column}_dtype", f"{column}_crc")
-    return dict(zip(keys, encode_tensor(tensor), strict=True))
-
-
 class LatentDataset:
     """The selected clips of a dataset directory, by split.
 
     Args:
-        directory: dataset directory with a manifest.
+        directory: dataset directory with a manifest; a folder or an `s3://` prefix.
         split: `train` or `held_out`.
+        cache_bytes: how much of the shards to keep in memory.
     """
 
-    def __init__(self, directory: Path | str, split: str) -> None:
-        self.directory = Path(directory)
-        self.manifest: Manifest = load_manifest(self.directory)
+    def __init__(self, directory: DatasetPath, split: str, cache_bytes: int = CACHE_BYTES) -> None:
+        self.store = open_store(directory)
+        self.directory = self.store.root
+        self.manifest: Manifest = load_manifest(self.store)
         self.split = split
         table = pq.read_table(
-            self.directory / self.manifest.selection.path, columns=[*ADDRESS, "bucket", "split"]
+            self.store.source(self.manifest.selection.path), columns=[*ADDRESS, "bucket", "split"]
         )
         # Millions of clips stay a compact table; as objects they would fill the memory.
         table = table.filter(pc.equal(table["split"], split)).combine_chunks()
@@ -160,7 +108,7 @@ class LatentDataset:
             name: np.flatnonzero(codes == code)
             for code, name in enumerate(buckets.dictionary.to_pylist())
         }
-        self._groups = RowGroups(self.directory)
+        self._groups = RowGroups(self.store, cache_bytes)
         self._names = [encoder.name for encoder in self.manifest.text_encoders]
         self._shift, self._scale = latent_statistics(self.manifest.autoencoder)
 
@@ -189,12 +137,12 @@ class LatentDataset:
         trained_on = ("latent", "text", "text-null", "selection")
         files = [file for file in self.manifest.files if file.kind in trained_on]
         for file in files[share::of]:
-            path = self.directory / file.path
-            if not path.is_file():
+            size = self.store.size(file.path)
+            if size is None:
                 problem = "is missing"
-            elif path.stat().st_size != file.bytes:
-                problem = f"has {path.stat().st_size} bytes instead of {file.bytes}"
-            elif file.kind == "selection" and file_sha256(path) != file.sha256:
+            elif size != file.bytes:
+                problem = f"has {size} bytes instead of {file.bytes}"
+            elif file.kind == "selection" and self.store.sha256(file.path) != file.sha256:
                 problem = "has another content (SHA-256 differs)"
             else:
                 continue
@@ -284,9 +232,10 @@ class LatentDataset:
             address["latent_file"], address["latent_row_group"], address["latent_row"]
         )
         assert row["clip_id"] == address["clip_id"], "selection and latent shard disagree"
-        latents = read_tensor(row, "latent", address["latent_file"]).float()
+        latents = read_tensor(row, "latent", address["latent_file"])
         start = int(torch.randint(len(latents) - frames + 1, (), generator=generator))
-        latents = (latents[start : start + frames] - self._shift) * self._scale
+        # The shift is float32, so the difference is new memory in float32 for bfloat16 latents too.
+        latents = (latents[start : start + frames] - self._shift).mul_(self._scale)
         text = self._groups.row(
             address["text_file"], address["text_row_group"], address["text_row"]
         )
@@ -296,6 +245,16 @@ class LatentDataset:
             for name in self._names
         }
         return {"clip_id": address["clip_id"], "latents": latents, "text": states}
+
+    @contextmanager
+    def autoencoder_source(self) -> Iterator[str]:
+        """The decoder of the latents as a folder on this machine, or by its name on a hub."""
+        source = self.manifest.autoencoder.source
+        if source != AUTOENCODER_FOLDER:
+            yield source
+            return
+        with self.store.local_folder(source) as folder:
+            yield folder
 
     def null_text(self) -> TextStates:
         """States of the empty caption."""

@@ -6,6 +6,7 @@ and ZeRO stage saved them.
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Literal
 
@@ -15,10 +16,11 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from pipeline.schema import Manifest
+from pipeline.schema import AUTOENCODER_FOLDER, Manifest
+from pipeline.store import DiskStore, open_store
 from streamdit.config import StreamDiTConfig, StrictModel
 from streamdit.errors import UserError
-from streamdit.io import WEIGHTS_FILE, new_model_directory, read_model_config, resolve_source
+from streamdit.io import WEIGHTS_FILE, new_model_directory, read_model_config
 from training.checkpoint import CheckpointFacts, checkpoint_folder, find_checkpoints, read_facts
 from training.config import AdapterConfig
 from training.job import TrainJob
@@ -46,7 +48,7 @@ class RunRecord(StrictModel):
 
 def write_record(job: TrainJob, manifest: Manifest) -> None:
     """Note beside the checkpoints of a run what its model directory will say."""
-    source = resolve_source(manifest.autoencoder.source, Path(job.dataset))
+    source = _autoencoder_of(job, manifest)
     lineage = {
         "fingerprint": job.fingerprint(),
         "dataset_fingerprint": manifest.fingerprint,
@@ -72,6 +74,19 @@ def write_record(job: TrainJob, manifest: Manifest) -> None:
     staging = path.with_name(f"{RECORD_FILE}.tmp")
     staging.write_text(record.model_dump_json(indent=2) + "\n")
     staging.replace(path)
+
+
+def _autoencoder_of(job: TrainJob, manifest: Manifest) -> str:
+    """Where the data set's autoencoder lies on disk; the run keeps a copy of one in a store."""
+    source, store = manifest.autoencoder.source, open_store(job.dataset)
+    if source != AUTOENCODER_FOLDER:
+        return source
+    if isinstance(store, DiskStore):
+        return store.uri(source)
+    kept = Path(job.out) / AUTOENCODER_FOLDER
+    with store.local_folder(source) as folder:
+        shutil.copytree(folder, kept, dirs_exist_ok=True)
+    return str(kept)
 
 
 def read_record(run: Path) -> RunRecord:

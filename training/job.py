@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pipeline.schema import MANIFEST_FILE
+from pipeline.store import open_store
 from streamdit.config import DistillationRecord, DiTConfig, PartitionConfig, SamplingConfig
 from streamdit.hashing import file_sha256
 from training.config import RunConfig
@@ -33,7 +35,7 @@ class TrainJob:
         model: shape of the transformer.
         partition: partitions and noise schedule that the result will have been trained with.
         sampling: how the result is sampled by default.
-        dataset: dataset directory.
+        dataset: dataset directory or `s3://` prefix.
         out: directory of the run: checkpoints, metrics, and the model directory at the end.
         make_objective: `(job, device) -> objective`; a module-level function.
         run_name: name in MLflow.
@@ -69,7 +71,7 @@ class TrainJob:
         settings = self.config.model_dump(mode="json", exclude=set(FREE_SETTINGS))
         for name in ("model", "partition", "sampling"):
             settings[name] = getattr(self, name).model_dump(mode="json")
-        settings["dataset"] = file_sha256(Path(self.dataset) / "manifest.json")
+        settings["dataset"] = open_store(self.dataset).sha256(MANIFEST_FILE)
         if self.parent:
             settings["parent"] = file_sha256(Path(self.parent) / "config.json")
         return settings

@@ -12,7 +12,6 @@ from streamdit.autoencoder import Autoencoder, load_autoencoder
 from streamdit.decoding import ChunkDecoder
 from streamdit.denoiser import Denoiser
 from streamdit.flow import VelocityFunction
-from streamdit.io import resolve_source
 from streamdit.partition import PartitionScheme
 from streamdit.start import StreamStart
 from streamdit.text.base import TextStates
@@ -45,9 +44,8 @@ def sample_videos(
     """
     clips = [int(clip) for bucket in sorted(dataset.buckets) for clip in dataset.buckets[bucket]]
     clips = clips[:count]
-    identity = dataset.manifest.autoencoder
-    source = resolve_source(identity.source, dataset.directory)
-    autoencoder = load_autoencoder(source, world.device)
+    with dataset.autoencoder_source() as source:
+        autoencoder = load_autoencoder(source, world.device)
     fps = dataset.manifest.buckets[0].fps
     folder.mkdir(parents=True, exist_ok=True)
     # Every rank makes the same number of forward passes, which ZeRO-3 needs; a rank that has run

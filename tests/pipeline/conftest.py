@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import socket
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -198,28 +197,3 @@ def file_hashes(folder: Path) -> dict[str, bytes]:
         for path in sorted(folder.rglob("*"))
         if path.is_file()
     }
-
-
-@pytest.fixture
-def s3(monkeypatch):
-    """An S3 server on this machine, with one bucket."""
-    import boto3
-    from moto.server import ThreadedMotoServer
-
-    from pipeline import storage
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=port, verbose=False)
-    server.start()
-    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
-    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    storage._s3_client.cache_clear()
-    client = boto3.client("s3")
-    client.create_bucket(Bucket="videos")
-    yield client
-    server.stop()
-    storage._s3_client.cache_clear()

@@ -13,9 +13,10 @@ from pipeline.schema import decode_tensor
 from streamdit.config import DiTConfig
 from streamdit.errors import UserError
 from training.config import DataConfig
-from training.data import LatentDataset, RowGroups
+from training.data import LatentDataset
 from training.loader import BatchLoader
 from training.order import BatchOrder, sample_generator
+from training.row_groups import RowGroups
 
 BUCKETS = {"wide": list(range(0, 23)), "tall": list(range(23, 40))}
 
