@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +25,7 @@ from pipeline.shards import file_name, read_rows, write_table
 from pipeline.sources import Source
 from pipeline.storage import content_version
 from pipeline.store import DatasetPath, Store, open_store
+from pipeline.threads import map_in_order
 
 STAGE = "annotate"
 REVISION = 1
@@ -125,8 +125,7 @@ def annotate_wanted(
     """
     with_files = config.captions.captioner == "sidecar"
     uris = [uri for unit in units for uri in sidecar_uris(unit)] if with_files else []
-    with ThreadPoolExecutor(VERSION_THREADS) as pool:
-        versions = dict(zip(uris, pool.map(content_version, uris), strict=True))
+    versions = dict(zip(uris, map_in_order(content_version, uris, VERSION_THREADS), strict=True))
     wanted = {}
     markers = require_markers(store, "curate", [unit.name for unit in units])
     for unit in units:

@@ -7,7 +7,6 @@ import mimetypes
 import os
 import tarfile
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -36,6 +35,7 @@ from pipeline.storage import (
     read_bytes,
     read_span,
 )
+from pipeline.threads import map_in_order
 from streamdit.errors import UserError
 
 VIDEO_SUFFIXES = (
@@ -49,7 +49,7 @@ LOOKING_THREADS = 8
 NOTHING = Note()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Entry:
     """A file that may be a video."""
 
@@ -147,12 +147,12 @@ def _kind(uri: str) -> str:
 
 def _look_inside(found: Found) -> None:
     """Tell videos among the files whose name says nothing."""
-    with ThreadPoolExecutor(LOOKING_THREADS) as pool:
-        for entry, is_video in zip(found.unknown, pool.map(_is_video, found.unknown), strict=True):
-            if is_video:
-                found.videos[entry.uri] = entry
-            else:
-                found.skip("not video")
+    answers = map_in_order(_is_video, found.unknown, LOOKING_THREADS)
+    for entry, is_video in zip(found.unknown, answers, strict=True):
+        if is_video:
+            found.videos[entry.uri] = entry
+        else:
+            found.skip("not video")
 
 
 def _is_video(entry: Entry) -> bool:

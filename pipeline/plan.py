@@ -55,8 +55,10 @@ def read_plan(dataset_dir: DatasetPath | Store) -> list[Unit]:
 
 def write_plan(dataset_dir: DatasetPath | Store, units: Sequence[Unit]) -> None:
     """Replace the plan."""
-    lines = "".join(unit.to_json() + "\n" for unit in units)
-    open_store(dataset_dir).write_text(PLAN_FILE, lines)
+    sink = open_store(dataset_dir).sink(PLAN_FILE)
+    for unit in units:  # one by one: there may be a million sources
+        sink.file.write((unit.to_json() + "\n").encode("utf-8"))
+    sink.finish()
 
 
 def require_plan(dataset_dir: DatasetPath | Store) -> list[Unit]:

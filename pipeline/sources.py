@@ -5,20 +5,20 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from pipeline.child import describe_error
 from pipeline.listing import SIDECAR_SUFFIXES, VIDEO_SUFFIXES, Entry, Found, find_files
 from pipeline.manifests import Note
 from pipeline.storage import file_size, is_s3, read_span
+from pipeline.threads import map_in_order
 from streamdit.errors import UserError
 
 HASHED_BYTES = 1 << 20
 HASHING_THREADS = 8
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Source:
     """One video, known by its content."""
 
@@ -79,14 +79,14 @@ def list_sources(inputs: Sequence[str]) -> Listing:
 def _identify(entries: list[Entry], found: Found, listing: Listing) -> None:
     """Hash each entry into `listing`."""
     sources: dict[str, Source] = {}
-    with ThreadPoolExecutor(HASHING_THREADS) as pool:
-        for entry, result in zip(entries, pool.map(_try_content_id, entries), strict=True):
-            if isinstance(result, Exception):
-                listing.dead.append((entry.uri, *describe_error(result)))
-            elif result[0] in sources:
-                found.skip("duplicate")
-            else:
-                sources[result[0]] = _source(entry, *result, found)
+    results = map_in_order(_try_content_id, entries, HASHING_THREADS)
+    for entry, result in zip(entries, results, strict=True):
+        if isinstance(result, Exception):
+            listing.dead.append((entry.uri, *describe_error(result)))
+        elif result[0] in sources:
+            found.skip("duplicate")
+        else:
+            sources[result[0]] = _source(entry, *result, found)
     listing.sources = [sources[source_id] for source_id in sorted(sources)]
 
 
