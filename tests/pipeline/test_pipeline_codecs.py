@@ -12,6 +12,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+from broken_videos import overstate_frames
 from conftest import code_picture, read_code, scene_pictures, write_video
 
 from pipeline.child import Child, ChildError
@@ -130,17 +131,6 @@ def test_a_wrong_nominal_rate_changes_nothing(tmp_path):
     assert [read_code(p) for p in read_sparse(path, [1.05, 2.55], None)] == [10, 25]
     clip = read_clip(path, 1.0, 16, 16.0, 48, 96)
     assert [read_code(p) for p in clip] == [10 + int(i / 1.6 + 1e-9) for i in range(16)]
-
-
-def overstate_frames(path: Path, times: int) -> Path:
-    """Multiply the frame counts in an AVI header."""
-    data = bytearray(path.read_bytes())
-    for tag, offset in ((b"avih", 24), (b"strh", 40)):
-        place = data.index(tag) + offset
-        count = int.from_bytes(data[place : place + 4], "little")
-        data[place : place + 4] = (count * times).to_bytes(4, "little")
-    path.write_bytes(data)
-    return path
 
 
 def test_a_header_that_promises_more_frames_than_there_are_ends_in_an_error_not_a_hang(tmp_path):

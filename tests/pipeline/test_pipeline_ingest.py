@@ -4,11 +4,11 @@ import hashlib
 import json
 import shutil
 
-import av
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from broken_videos import cut_inside_a_picture, cut_pictures, lose_index, write_sound
 from conftest import COLOURS, file_hashes, run_in_a_loop, write_shots
 
 from pipeline import stage_latents
@@ -285,16 +285,6 @@ def test_a_looser_selection_encodes_only_the_clips_that_are_new(
     assert load_manifest(dataset).selection.rows == 5
 
 
-def write_audio(path):
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("aac", rate=16000)
-        samples = np.zeros((1, 16000), np.float32)
-        frame = av.AudioFrame.from_ndarray(samples, format="fltp", layout="mono")
-        frame.sample_rate = 16000
-        container.mux(stream.encode(frame))
-        container.mux(stream.encode())
-
-
 @pytest.fixture
 def bad_videos(tmp_path, videos):
     """One good video among bad ones."""
@@ -302,36 +292,13 @@ def bad_videos(tmp_path, videos):
     folder.mkdir()
     for suffix in (".mp4", ".vtt"):
         shutil.copy(videos / f"one{suffix}", folder / f"good{suffix}")
-    whole = (videos / "two.mp4").read_bytes()
     (folder / "empty.mp4").touch()
     (folder / "text.mp4").write_text("this is no video " * 100)
-    (folder / "no-moov.mp4").write_bytes(whole[: len(whole) // 2])
-    noise = list(np.random.default_rng(0).integers(0, 256, (64, 64, 64, 3), np.uint8))
-    index_first = write_index_first(folder / "torn.mp4", noise)
-    content, end = index_first.read_bytes(), packet_end(index_first, 40)
-    index_first.write_bytes(content[: end - 100])
-    (folder / "cut.mp4").write_bytes(content[:end])
-    write_audio(folder / "sound.mp4")
+    lose_index(folder / "no-moov.mp4")
+    cut_inside_a_picture(folder / "torn.mp4")
+    cut_pictures(folder / "cut.mp4")
+    write_sound(folder / "sound.mp4")
     return folder
-
-
-def write_index_first(path, pictures):
-    """A video whose index is at the front, so that a cut file still opens."""
-    with av.open(str(path), "w", options={"movflags": "faststart"}) as container:
-        stream = container.add_stream("libx264", rate=16)
-        stream.height, stream.width = pictures[0].shape[:2]
-        stream.pix_fmt = "yuv420p"
-        for picture in pictures:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
-        container.mux(stream.encode())
-    return path
-
-
-def packet_end(path, count):
-    """Byte after the first `count` packets in the file."""
-    with av.open(str(path)) as container:
-        packets = [packet for packet in container.demux(video=0) if packet.size]
-    return sorted(packet.pos + packet.size for packet in packets)[count - 1]
 
 
 def test_bad_inputs_become_dead_letters_and_nothing_else_is_lost(
