@@ -18,8 +18,10 @@ from evaluation.sheets import contact_sheet, write_video
 from jobs.console import progress, say
 from jobs.sources import read_image, read_source
 from streamdit.config import SamplingConfig
+from streamdit.decoding import DecoderConfig
 from streamdit.errors import UserError
-from streamdit.io import StreamingModel
+from streamdit.io import DEFAULT_FAST, StreamingModel
+from streamdit.model.fast import FastConfig
 from streamdit.start import Guide
 from streamdit.stream import StreamChunk
 from training.config import TrackingConfig
@@ -106,6 +108,14 @@ def command(
     device: Annotated[
         str | None, typer.Option("--device", help="cpu, cuda, cuda:1; default: cuda if there.")
     ] = None,
+    fast: Annotated[
+        bool,
+        typer.Option(
+            "--fast",
+            help="Compile the model first (and capture its step as a CUDA graph, on CUDA), which "
+            "takes minutes; for long videos. The video changes by rounding only.",
+        ),
+    ] = False,
     sheet: Annotated[
         Path | None, typer.Option("--sheet", metavar="FILE.png", help="Contact sheet to write.")
     ] = None,
@@ -123,7 +133,7 @@ def command(
     guide, history = read_start(loaded, frames, image, video, extend, strength)
     chunks = []
     with progress("generate", unit="frames") as on_progress:
-        for chunk in stream_frames(loaded, changes, frames, seed, sampling, guide, history):
+        for chunk in stream_frames(loaded, changes, frames, seed, sampling, guide, history, fast):
             chunks.append(chunk.frames)
             on_progress(min(frames, sum(map(len, chunks))), frames, {})
     played = np.concatenate(chunks)[:frames]
@@ -225,6 +235,12 @@ def read_start(
     return None, None
 
 
+def compiled_stream(model: StreamingModel) -> tuple[FastConfig, DecoderConfig]:
+    """The optimisations that change nothing but rounding and shift no prompt."""
+    steps = FastConfig(compile=True, cuda_graph=model.device.type == "cuda")
+    return steps, DecoderConfig(compile=True)
+
+
 def stream_frames(
     model: StreamingModel,
     changes: Sequence[PromptChange],
@@ -233,10 +249,13 @@ def stream_frames(
     sampling: SamplingConfig | None = None,
     guide: Guide | None = None,
     history: Tensor | None = None,
+    fast: bool = False,
 ) -> Iterator[StreamChunk]:
     """Chunks of a stream until `frames` frames are out; each prompt is set before its frame."""
     pending = sorted(changes, key=lambda change: change.frame)
-    stream = model.stream(pending.pop(0).prompt, seed, sampling, guide, history)
+    steps, decoder = compiled_stream(model) if fast else (DEFAULT_FAST, None)
+    first = pending.pop(0).prompt
+    stream = model.stream(first, seed, sampling, guide, history, steps, decoder)
     done = 0
     while done < frames:
         while pending and pending[0].frame <= done:

@@ -84,6 +84,18 @@ def test_prompt_changes_take_hold_at_their_frame(model_dir):
     assert not np.array_equal(plain[2].frames, chunks[2].frames)
 
 
+@pytest.mark.slow
+def test_fast_frames_differ_by_rounding_and_change_prompts_at_the_same_frame(model_dir):
+    model = streamdit.load(model_dir)
+    changes = [PromptChange(0, "a red circle"), PromptChange(16, "a blue square")]
+    chunks = {
+        fast: np.concatenate([c.frames for c in stream_frames(model, changes, 32, 0, fast=fast)])
+        for fast in (False, True)
+    }
+    difference = np.abs(chunks[True].astype(int) - chunks[False].astype(int))
+    assert difference.max() <= 2
+
+
 def test_later_prompts_must_say_when_they_begin():
     assert parse_prompt("a circle", 16, first=True) == PromptChange(0, "a circle")
     assert parse_prompt("64: a square", 16, first=False) == PromptChange(64, "a square")
