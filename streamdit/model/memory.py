@@ -93,16 +93,14 @@ def block_activation_bytes(config: DiTConfig, bucket: BucketConfig, text_tokens:
     normalised. In bf16: the windows, the matrix of queries, keys and values, rotated queries and
     keys, the attention's output by head and by token, and that of its projection; the text
     attention's input, queries and output; the feed-forward network's input, output, and its hidden
-    features before and after GELU. Once: the weights of adaLN-zero, which works in float32.
+    features before and after GELU.
     """
     normalised = 3 if config.qk_norm != "none" else 0
     features = FLOAT32 * (5 + normalised) * config.width
     features += BF16 * (14 * config.width + 2 * config.ffn_width)
     # Keys are kept as float32 before their norm and bf16 after it, beside the matrix of both.
     text = (3 * BF16 + (FLOAT32 if normalised else 0)) * config.width
-    signals = 6 if config.modulation == "zero" else 0
-    once = FLOAT32 * signals * config.width**2
-    return _tokens(config, bucket) * features + text_tokens * text + once
+    return _tokens(config, bucket) * features + text_tokens * text
 
 
 def streaming_bytes(

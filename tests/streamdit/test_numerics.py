@@ -8,6 +8,7 @@ import torch
 from jobs.config import available_presets, load_config
 from streamdit.config import DiTConfig
 from streamdit.model import StreamDiT, build_dit
+from streamdit.model.modulation import Float32Linear
 from streamdit.text import TextStates
 from training.config import TrainConfig
 
@@ -128,6 +129,32 @@ def test_gradients_of_every_weight_equal_finite_differences(changes):
         slope = (values_around[1] - values_around[2]) / (2 * step)
         found = (parameter.grad * direction).sum()
         torch.testing.assert_close(found, slope, rtol=1e-4, atol=1e-7, msg=f"weight {name}")
+
+
+def test_float32_layer_of_bf16_weights_has_the_gradients_of_a_widened_copy_but_keeps_none():
+    torch.manual_seed(0)
+    layer = Float32Linear(24, 40).bfloat16()
+    x = torch.randn(2, 5, 24, requires_grad=True)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        found = layer(x)
+    weight, bias = (p.detach().clone().requires_grad_() for p in (layer.weight, layer.bias))
+    expected = torch.nn.functional.linear(x, weight.float(), bias.float())
+    direction = torch.randn_like(expected)
+    assert torch.equal(found, expected)
+    for a, b in zip(
+        torch.autograd.grad(found, [x, layer.weight, layer.bias], direction),
+        torch.autograd.grad(expected, [x, weight, bias], direction),
+        strict=True,
+    ):
+        assert a.dtype == b.dtype
+        torch.testing.assert_close(a, b)
+    assert sum(t.nbytes for t in kept) == x.nbytes + layer.weight.nbytes
+
+    layer.requires_grad_(False)
+    torch.testing.assert_close(
+        torch.autograd.grad(layer(x).sum(), x)[0][0, 0], weight.float().sum(0)
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
