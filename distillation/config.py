@@ -109,6 +109,11 @@ class TeacherConfig(StrictModel):
                 "with reference_frames the first video is made by text-to-video, which "
                 "uniform_share: 0 leaves out; set uniform_share (about 0.2)"
             )
+        if self.ramp_share and self.reference_frames:
+            raise ValueError(
+                "ramp_share teaches a start that makes no references, so with reference_frames it "
+                "is of no use; set ramp_share: 0"
+            )
         return self
 
 

@@ -226,7 +226,7 @@ class StreamingModel:
         sampling = sampling or self.config.sampling
         scheme = self.scheme(sampling)
         if references is not None:
-            references = check_references(references, scheme)
+            references = check_references(self.config, references, scheme)
         else:
             check_start(self.config, sampling)
         bucket = self.config.model.buckets[0]

@@ -72,11 +72,14 @@ def cold_start_problem(
     )
 
 
-def check_references(references: Tensor, scheme: PartitionScheme) -> Tensor:
+def check_references(
+    config: StreamDiTConfig, references: Tensor, scheme: PartitionScheme
+) -> Tensor:
     """The last K frames of the latents `[b, f, C, h, w]` that a stream continues.
 
     Raises:
-        UserError: if the scheme has no references, or there are too few latents.
+        UserError: if the scheme has no references, there are too few latents, or the model has not
+            learnt to fill its buffer behind them.
     """
     if scheme.K == 0:
         raise UserError(
@@ -88,4 +91,21 @@ def check_references(references: Tensor, scheme: PartitionScheme) -> Tensor:
             f"the video to continue has {references.shape[1]} latent frames but the scheme needs "
             f"K={scheme.K} references; give a longer video"
         )
+    if not _fills_behind_references(config, scheme):
+        entry = f"{{chunk_frames: {scheme.N * scheme.c}, reference_frames: {scheme.K}}}"
+        raise UserError(
+            f"this model cannot continue a video with K={scheme.K} c={scheme.c}: it has not learnt "
+            f"to fill the buffer behind the references all at one level; train one with {entry} in "
+            "partition.entries too, or follow the video with a strength instead"
+        )
     return references[:, -scheme.K :]
+
+
+def _fills_behind_references(config: StreamDiTConfig, scheme: PartitionScheme) -> bool:
+    """Whether the model knows references before frames of one level, as such a stream begins."""
+    if scheme.N == 1:
+        return True
+    if config.distilled is not None:
+        return False  # in distillation the frames that become references walk along
+    mixture = PartitionMixture(config.partition, scheme.buffer_frames)
+    return any((known.K, known.N) == (scheme.K, 1) for known in mixture.schemes)

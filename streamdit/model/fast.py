@@ -200,10 +200,12 @@ class StepGraph:
 
     def __call__(self, latents: Tensor) -> Tensor:
         """The function of `latents`, in a buffer that the next call overwrites."""
-        self._latents.copy_(latents)
-        if self._graph is None:
-            self._graph = self._capture()
-        self._graph.replay()
+        # Capture and replay happen on the current device, which need not be the one of the tensors.
+        with torch.cuda.device(self._latents.device):
+            self._latents.copy_(latents)
+            if self._graph is None:
+                self._graph = self._capture()
+            self._graph.replay()
         assert self._result is not None
         return self._result
 

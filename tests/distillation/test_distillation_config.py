@@ -26,6 +26,8 @@ def test_distillation_without_a_way_to_start_is_refused():
         TeacherConfig(
             chunk_frames=1, micro_steps=2, reference_frames=1, uniform_share=0, ramp_share=0.1
         )
+    with pytest.raises(ValidationError, match="set ramp_share: 0"):
+        TeacherConfig(chunk_frames=1, micro_steps=2, reference_frames=1, ramp_share=0.1)
     with pytest.raises(ValidationError, match="together exceed 1"):
         TeacherConfig(chunk_frames=1, micro_steps=2, uniform_share=0.7, ramp_share=0.7)
 

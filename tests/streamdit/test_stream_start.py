@@ -274,6 +274,22 @@ def test_continuing_a_video_needs_references_in_the_scheme_and_enough_frames(mod
         model.latents(video(2))
 
 
+def test_continuing_a_video_is_refused_where_filling_behind_it_was_not_learnt(tmp_path):
+    staircase = PartitionEntry(chunk_frames=1, reference_frames=2)
+    whole = PartitionEntry(chunk_frames=2, reference_frames=2)
+    sampling = SamplingConfig(chunk_frames=1, micro_steps=2, reference_frames=2)
+    for folder, entries in (("without", (staircase,)), ("with", (staircase, whole))):
+        partition = PartitionConfig(entries=entries)
+        directory = write_model_directory(tmp_path / folder, partition=partition, sampling=sampling)
+        loaded = streamdit.load(directory)
+        history = loaded.latents(video())
+        if folder == "with":
+            assert len(next(loaded.stream("x", history=history)).frames) == 4
+            continue
+        with pytest.raises(UserError, match=r"chunk_frames: 2, reference_frames: 2\}"):
+            loaded.stream("x", history=history)
+
+
 def test_model_that_never_saw_text_to_video_cannot_start_but_by_the_ramp(tmp_path):
     partition = PartitionConfig(entries=(PartitionEntry(chunk_frames=1),))
     loaded = streamdit.load(write_model_directory(tmp_path, partition=partition))
