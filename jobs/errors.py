@@ -66,7 +66,8 @@ def find_cause(error: BaseException, kind: type[E]) -> E | None:
     """The exception of a kind behind `error`.
 
     Ray hands an exception on as `.cause` of its own (which then also is of that kind, but one
-    whose text is a traceback), or by rank in `.worker_failures` when a training worker raised it.
+    whose text is a traceback), by rank in `.worker_failures` when a training worker raised it, or
+    as `.health_check_failure` when a worker no longer answers.
     """
     pending: list[object] = [error]
     seen: set[int] = set()
@@ -78,7 +79,11 @@ def find_cause(error: BaseException, kind: type[E]) -> E | None:
         cause = getattr(candidate, "cause", None)
         if isinstance(candidate, kind) and not isinstance(cause, BaseException):
             return candidate
-        pending += [cause, candidate.__cause__]
+        pending += [
+            cause,
+            candidate.__cause__,
+            getattr(candidate, "health_check_failure", None),
+        ]
         failures = getattr(candidate, "worker_failures", None)
         if isinstance(failures, dict):
             pending += failures.values()

@@ -121,10 +121,22 @@ def _fit(job: TrainJob, own_runtime: bool) -> None:
         try:
             trainer.fit()
         except Exception as error:
-            stopped = find_cause(error, Interrupted)
-            if stopped is None:
-                raise
-            raise Stopped(str(stopped)) from None
+            if (stopped := find_cause(error, Interrupted)) is not None:
+                raise Stopped(str(stopped)) from None
+            if lost_worker(error):
+                raise UserError(
+                    f"a worker of {job.run_name} was lost: its process was killed (often for want "
+                    "of memory) or its node went away; the same command continues from the newest "
+                    "checkpoint, and launch.max_failures=N lets Ray do so by itself"
+                ) from None
+            raise
+
+
+def lost_worker(error: BaseException) -> bool:
+    """Whether training ended because a worker's process ended, and not by an error of ours."""
+    from ray.exceptions import RayActorError
+
+    return find_cause(error, UserError) is None and find_cause(error, RayActorError) is not None
 
 
 def _torch_config() -> Any:

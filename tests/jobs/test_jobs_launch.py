@@ -16,7 +16,7 @@ import pytest
 from latent_dataset import train_settings, write_dataset
 from training_runs import tiny_job, train
 
-from jobs.launch import _check_nodes, launch
+from jobs.launch import _check_nodes, launch, lost_worker
 from jobs.runtime import ray_runtime
 from streamdit.errors import UserError
 from training.config import LaunchConfig, TrainConfig
@@ -116,6 +116,18 @@ def test_strict_spread_gives_each_worker_a_node_and_a_killed_one_continues(two_n
     ]
     assert sorted(curves[0]) == [1, 2, 3, 4, 5, 6]
     assert curves[0] == curves[1]
+
+
+def test_lost_worker_is_told_from_an_error_in_one():
+    from ray.exceptions import ActorDiedError
+    from ray.train import WorkerGroupError
+    from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
+
+    silent = WorkerHealthCheckFailedError("no answer", ActorDiedError())
+    left_alone = RuntimeError("Connection closed by peer")
+    assert lost_worker(WorkerGroupError("two", {0: left_alone, 1: silent}))
+    assert not lost_worker(WorkerGroupError("one", {0: RuntimeError("a bug")}))
+    assert not lost_worker(WorkerGroupError("two", {0: UserError("no such file"), 1: silent}))
 
 
 def free_port():
