@@ -271,6 +271,7 @@ class Denoiser:
         """What fixes the course of the stream, apart from seeds and prompts."""
         return {
             **vars(self.scheme),
+            "latent_shape": tuple(self.latent_shape),
             "guidance_scale": self.guidance_scale,
             "start": self.schedule.start,
             "references_given": self.schedule.references_given,
@@ -280,7 +281,7 @@ class Denoiser:
         """Continue exactly from a :meth:`state` of a denoiser that was made alike.
 
         Raises:
-            UserError: if the state is that of another scheme, guidance, start or batch.
+            UserError: if the state is that of another scheme, latent, guidance, start or batch.
         """
         theirs = {**state["plan"], "videos": len(state["seeds"])}
         mine = {**self._plan(), "videos": len(self.seeds)}

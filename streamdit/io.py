@@ -196,6 +196,12 @@ class StreamingModel:
         return check_scheme(self.config, sampling or self.config.sampling)
 
     @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """`(C, h, w)` of a latent frame of a stream."""
+        bucket = self.config.model.buckets[0]
+        return self.config.model.latent_channels, bucket.height, bucket.width
+
+    @property
     def max_text_tokens(self) -> int:
         """Most text tokens that a prompt is projected to."""
         model, encoders = self.config.model, self.config.text_encoders
@@ -224,16 +230,29 @@ class StreamingModel:
             UserError: if the model cannot be asked for this.
         """
         sampling = sampling or self.config.sampling
+        denoiser = self._unprompted(seeds, sampling, guide, references, fast)
+        null = self.text_encoders.encode([""]) if sampling.guidance_scale != 1.0 else None
+        denoiser.set_text(self.text_encoders.encode(prompts), null)
+        return denoiser
+
+    def _unprompted(
+        self,
+        seeds: Iterable[int],
+        sampling: SamplingConfig,
+        guide: Guide | None,
+        references: Tensor | None,
+        fast: FastConfig | None,
+    ) -> Denoiser:
+        """A denoiser that has yet to be told its prompts; see :meth:`denoiser`."""
         scheme = self.scheme(sampling)
         if references is not None:
             references = check_references(self.config, references, scheme)
         else:
             check_start(self.config, sampling)
-        bucket = self.config.model.buckets[0]
         denoiser = Denoiser(
             self.model,
             scheme,
-            (self.config.model.latent_channels, bucket.height, bucket.width),
+            self.latent_shape,
             list(seeds),
             self.config.partition.gamma,
             sampling.guidance_scale,
@@ -242,8 +261,6 @@ class StreamingModel:
         )
         if fast is not None:
             denoiser.accelerate(fast, self.max_text_tokens)
-        null = self.text_encoders.encode([""]) if sampling.guidance_scale != 1.0 else None
-        denoiser.set_text(self.text_encoders.encode(prompts), null)
         return denoiser
 
     def stream(
@@ -268,7 +285,8 @@ class StreamingModel:
             fast: which optimisations the steps run with; None: the network as it is.
             decoder: how to decode; default: as the autoencoder is, chunk by chunk.
         """
-        denoiser = self.denoiser([prompt], [seed], sampling, guide, history, fast)
+        sampling = sampling or self.config.sampling
+        denoiser = self._unprompted([seed], sampling, guide, history, fast)
         return Stream(denoiser, self.autoencoder, self.text_encoders, prompt, history, decoder)
 
     def latents(self, frames: np.ndarray) -> Tensor:
@@ -308,8 +326,9 @@ class StreamingModel:
             guidance_scale=plan["guidance_scale"],
             start=plan["start"],
         )
-        references = state["denoiser"]["buffer"] if plan["references_given"] else None
-        denoiser = self.denoiser([""], state["denoiser"]["seeds"], sampling, None, references, fast)
+        given = (1, plan["K"], *self.latent_shape) if plan["references_given"] else None
+        references = torch.zeros(given, device=self.device) if given else None
+        denoiser = self._unprompted(state["denoiser"]["seeds"], sampling, None, references, fast)
         stream = Stream(
             denoiser, self.autoencoder, self.text_encoders, state["prompt"], decoder=decoder
         )

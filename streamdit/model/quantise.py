@@ -41,8 +41,9 @@ def quantise_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
 class Float8Linear(nn.Module):
     """A linear layer whose weights, and inputs as they come, are rounded to e4m3 row by row.
 
-    Every output channel and every token has a scale of its own; sums are taken in float32. Inside
-    a compiled block the rounding of the input is fused into what produces it.
+    Every output channel and every token has a scale of its own. GPUs add up with fast accumulation,
+    which keeps fewer bits than float32 and is part of the stated error. Inside a compiled block the
+    rounding of the input is fused into what produces it.
     """
 
     def __init__(self, linear: nn.Linear) -> None:

@@ -9,7 +9,7 @@ import torch
 from model_directory import write_model_directory
 
 import streamdit
-from streamdit.config import SamplingConfig
+from streamdit.config import PartitionConfig, PartitionEntry, SamplingConfig
 from streamdit.errors import UserError
 from streamdit.state import load_state, save_state
 from streamdit.text import TextStates
@@ -93,6 +93,39 @@ def test_stream_of_another_scheme_is_refused_by_a_running_one(model_dir, tmp_pat
     other = model.stream("x", sampling=SamplingConfig(chunk_frames=2, micro_steps=1))
     with pytest.raises(UserError, match="the saved stream has"):
         other.load(path)
+
+
+def test_stream_of_other_latents_is_refused(model_dir, tmp_path):
+    model = streamdit.load(model_dir)
+    path = model.stream("x").save(tmp_path / "stream.safetensors")
+    state = load_state(path)
+    state["denoiser"]["plan"]["latent_shape"] = (9, 8, 8)
+    save_state(state, path)
+    with pytest.raises(UserError, match=r"the saved stream has latent_shape=\(9, 8, 8\)"):
+        model.resume(path)
+
+
+def test_stream_that_continues_a_video_is_resumed(tmp_path):
+    sampling = SamplingConfig(chunk_frames=2, micro_steps=2, reference_frames=2)
+    partition = PartitionConfig(entries=(PartitionEntry(chunk_frames=2, reference_frames=2),))
+    model = streamdit.load(write_model_directory(tmp_path, sampling=sampling, partition=partition))
+    history = model.latents(np.full((16, 32, 32, 3), 90, np.uint8))
+    stream = model.stream("x", history=history)
+    next(stream)
+    path = stream.save(tmp_path / "stream.safetensors")
+    resumed = model.resume(path)
+    for _ in range(2):
+        assert np.array_equal(next(resumed).frames, next(stream).frames)
+
+
+def test_a_stream_begins_with_one_encoding_of_its_prompt(model_dir, monkeypatch):
+    model = streamdit.load(model_dir)
+    encoded, encode = [], model.text_encoders.encode
+    monkeypatch.setattr(
+        model.text_encoders, "encode", lambda prompts: encoded.append(prompts) or encode(prompts)
+    )
+    next(model.stream("a red circle"))
+    assert encoded == [["a red circle", ""]]
 
 
 def test_every_frame_takes_n_evaluations_of_a_distilled_scheme_and_a_chunk_one(model_dir):
