@@ -112,7 +112,8 @@ class Denoiser:
         self._first_frame = -given
         noise = self._noise(0, scheme.buffer_frames - given)
         if start.references is not None:
-            noise = torch.cat([start.references.to(noise), noise], dim=1)
+            references = start.references.to(noise).expand(len(noise), -1, -1, -1, -1)
+            noise = torch.cat([references, noise], dim=1)
         self._buffer = noise
         self._queue = noise.clone()
         self._guide_velocity = torch.zeros_like(noise)

@@ -26,7 +26,7 @@ class Guide:
     it back. Frames behind the guide's end are the model's own.
 
     Attributes:
-        latents: `[b, f, C, h, w]` normalised.
+        latents: `[b, f, C, h, w]` normalised; b = 1 serves all streams.
         strength: share of the T steps that the model takes, 0...1.
         sigma_min: noise left at tau = 1, as the model was trained.
     """
@@ -65,7 +65,8 @@ class StreamStart:
     Attributes:
         kind: `text-to-video` (arXiv:2507.03745v4, Fig. 13) or `ramp`.
         guide: video that the stream follows.
-        references: the K clean frames before the stream, `[b, K, C, h, w]` normalised.
+        references: the K clean frames before the stream, `[b, K, C, h, w]` normalised; b = 1 serves
+            all streams.
     """
 
     kind: StartKind = "text-to-video"

@@ -173,6 +173,21 @@ def test_chunk_extension_needs_no_first_video():
     assert calls == [[1.0, k / 4, k / 4, k / 4] for k in range(4)]
 
 
+@pytest.mark.parametrize("start", ["guide", "references"])
+def test_one_video_serves_several_streams_in_step(start):
+    scheme = PartitionScheme(1 if start == "references" else 0, 1, 3, 2)
+    latents = torch.randn(1, 1 if start == "references" else 5, *SHAPE)
+    options = {"references": latents} if start == "references" else {"guide": Guide(latents, 0.5)}
+
+    def emitted(seeds):
+        denoiser = denoiser_for(scheme, seeds=seeds, **options)
+        found = [denoiser.step() for _ in range(4)]
+        return torch.cat([latents for latents in found if latents is not None], dim=1)
+
+    both = emitted((0, 1))
+    assert torch.equal(both, torch.cat([emitted((0,)), emitted((1,))]))
+
+
 @pytest.mark.parametrize("start", ["guide", "references", "ramp"])
 def test_restored_stream_continues_bit_for_bit_from_any_start(start):
     scheme = PartitionScheme(1, 3, 2, 2) if start == "references" else PartitionScheme(0, 3, 2, 2)
