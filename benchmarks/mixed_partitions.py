@@ -28,7 +28,7 @@ from jobs.demo import DemoSettings
 from jobs.evaluate import cached_videos, generate_videos, score_videos
 from jobs.launch import launch
 from jobs.runtime import ray_runtime
-from jobs.train import training_job
+from jobs.training_job import training_job
 from streamdit.config import PartitionConfig, PartitionEntry, SamplingConfig, StartKind
 from streamdit.io import CONFIG_FILE, read_model_config
 from training.config import TrackingConfig, TrainConfig

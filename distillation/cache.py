@@ -138,8 +138,6 @@ class CachedRollouts:
         UserError: if there are none.
     """
 
-    teacher_forwards = 0.0
-
     def __init__(self, directory: Path | str) -> None:
         self.directory = Path(directory)
         self.manifest = read_manifest(directory)
@@ -191,6 +189,10 @@ class CachedRollouts:
     ) -> Draws:
         """Which of a clip's rollouts to take."""
         return {"choice": torch.randint(0, 1 << 30, (), generator=generator)}
+
+    def extra_forwards(self, draws: Draws) -> int:
+        """None now: the teacher was asked before the run."""
+        return 0
 
     def __call__(self, student: VelocityFunction, batch: Batch, draws: Draws) -> Rollout:
         """Rollouts of the batch's clips."""

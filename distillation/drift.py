@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from distillation.plan import RolloutPlan
+from distillation.plan import FROM_TEACHER, RolloutPlan
 from streamdit.denoiser import advance_buffer
 from streamdit.text.base import TextStates
 from training.objective import Draws
@@ -41,8 +41,9 @@ def stream_buffers(
         `start` with these rows replaced.
     """
     scheme = plan.scheme
-    chosen = (draws["origin"] == origin).nonzero().flatten().tolist()
-    rows = chosen or [0]
+    rows, chosen = _rows(draws, origin)
+    if not rows:
+        return start
     buffer, noise = start[rows], draws["noise"][rows, start.shape[1] :]
     positions = scheme.positions().to(start.device).expand(len(rows), -1)
     prompts, moves = text.select(rows), draws["moved_chunks"][rows]
@@ -55,3 +56,21 @@ def stream_buffers(
     result = start.clone()
     result[rows] = buffer
     return result
+
+
+def moved_samples(plan: RolloutPlan, draws: Draws, origin: int) -> int:
+    """Walks of one sample over its segments that :func:`stream_buffers` takes for these draws."""
+    rows, _ = _rows(draws, origin)
+    return plan.drift.chunks * len(rows)
+
+
+def _rows(draws: Draws, origin: int) -> tuple[list[int], bool]:
+    """Rows that a stream moves, and whether they are meant.
+
+    One that is not is moved where none is, if such a stream is asked at all at this progress.
+    """
+    asked = draws["ask_teacher" if origin == FROM_TEACHER else "ask_student"]
+    if not bool(asked[0]):
+        return [], False
+    chosen = (draws["origin"] == origin).nonzero().flatten().tolist()
+    return chosen or [0], bool(chosen)

@@ -44,16 +44,15 @@ class MultistepDistillation:
         mean = sum(weights) / len(weights)
         self.segment_weights = tuple(weight / mean for weight in weights)
 
-    @property
-    def teacher_forwards(self) -> float:
-        """Evaluations of the teacher per sample."""
-        return self.source.teacher_forwards
-
     def draw(
         self, latent_shape: torch.Size, generator: torch.Generator, progress: float = 0.0
     ) -> Draws:
         """Everything random of one sample, as the source wants it."""
         return self.source.draw(latent_shape, generator, progress)
+
+    def extra_forwards(self, draws: Draws) -> int:
+        """What the source spends on a batch of these draws."""
+        return self.source.extra_forwards(draws)
 
     def __call__(
         self, student: VelocityFunction, batch: Batch, draws: Draws

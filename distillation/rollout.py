@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from distillation.drift import stream_buffers
+from distillation.drift import moved_samples, stream_buffers
 from distillation.plan import FROM_STUDENT, FROM_TEACHER, RolloutPlan
 from streamdit.flow import (
     VelocityFunction,
@@ -45,13 +45,7 @@ class Rollout:
 
 
 class RolloutSource(Protocol):
-    """Where rollouts come from: a teacher in memory, or files.
-
-    Attributes:
-        teacher_forwards: evaluations of the teacher that a rollout of one sample costs now.
-    """
-
-    teacher_forwards: float
+    """Where rollouts come from: a teacher in memory, or files."""
 
     def draw(
         self, latent_shape: torch.Size, generator: torch.Generator, progress: float = 0.0
@@ -61,6 +55,10 @@ class RolloutSource(Protocol):
 
     def __call__(self, student: VelocityFunction, batch: Batch, draws: Draws) -> Rollout:
         """Rollouts of a batch."""
+        ...
+
+    def extra_forwards(self, draws: Draws) -> int:
+        """Evaluations, one sample each, that the rollouts of a batch of these draws cost now."""
         ...
 
 
@@ -119,8 +117,6 @@ class LiveRollouts:
     def __init__(self, teacher: VelocityFunction, plan: RolloutPlan) -> None:
         self.teacher = teacher
         self.plan = plan
-        guided = any(weight != 1.0 for weight in plan.guidance)
-        self.teacher_forwards = plan.scheme.s * (2.0 if guided else 1.0)
 
     def draw(
         self, latent_shape: torch.Size, generator: torch.Generator, progress: float = 0.0
@@ -142,6 +138,17 @@ class LiveRollouts:
         target = average_velocity(start, end, tau, plan.levels(positions, moving, plan.scheme.s))
         return Rollout(start, target, positions, moving, draws["kind"])
 
+    def extra_forwards(self, draws: Draws) -> int:
+        """The teacher's walk of every sample, and the streams that are asked."""
+        guided = any(weight != 1.0 for weight in self.plan.guidance)
+        walk = self.plan.scheme.s * (2 if guided else 1)
+        samples = len(draws["origin"])
+        return (
+            samples * walk
+            + moved_samples(self.plan, draws, FROM_TEACHER) * walk
+            + moved_samples(self.plan, draws, FROM_STUDENT)
+        )
+
     def _drifted(
         self, start: Tensor, student: VelocityFunction, batch: Batch, draws: Draws
     ) -> Tensor:
@@ -160,8 +167,5 @@ class LiveRollouts:
             velocity = student(latents, tau, text).float()
             return euler_step(latents, velocity, tau, plan.levels(positions, moving, plan.scheme.s))
 
-        if bool(draws["ask_teacher"][0]):
-            start = stream_buffers(start, by_teacher, plan, batch.text, draws, FROM_TEACHER)
-        if bool(draws["ask_student"][0]):
-            start = stream_buffers(start, by_student, plan, batch.text, draws, FROM_STUDENT)
-        return start
+        start = stream_buffers(start, by_teacher, plan, batch.text, draws, FROM_TEACHER)
+        return stream_buffers(start, by_student, plan, batch.text, draws, FROM_STUDENT)

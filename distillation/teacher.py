@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from distillation.config import DistillConfig
 from streamdit.flow import VelocityFunction
 from streamdit.io import load_model
 from streamdit.model import StreamDiT
+from training.engine import initialize_deepspeed
 
 
 def load_teacher(directory: str, config: DistillConfig, device: torch.device) -> VelocityFunction:
@@ -34,13 +34,6 @@ def shard(model: StreamDiT, config: DistillConfig, device: torch.device) -> Any:
 
     Every worker then has to evaluate the teacher equally often.
     """
-    if device.type == "cpu":
-        # DeepSpeed picks its accelerator when it is imported.
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    import deepspeed
-    from deepspeed.utils import logger
-
-    logger.setLevel("ERROR")
     world = dist.get_world_size()
     settings = {
         "train_micro_batch_size_per_gpu": 1,
@@ -52,8 +45,6 @@ def shard(model: StreamDiT, config: DistillConfig, device: torch.device) -> Any:
             "stage3_param_persistence_threshold": 4 * model.config.width,
         },
     }
-    engine, *_ = deepspeed.initialize(
-        model=model.to(device), config=settings, dist_init_required=False
-    )
+    engine = initialize_deepspeed(device, model.to(device), settings)
     engine.eval()
     return engine

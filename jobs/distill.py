@@ -12,7 +12,7 @@ from distillation.objective import make_objective
 from distillation.plan import RolloutPlan, per_segment
 from jobs.config import load_config
 from jobs.options import Address, ConfigFile, Dataset, Overrides, Preset, RunDirectory
-from jobs.train import check_dataset
+from jobs.training_job import check_dataset
 from pipeline.store import DatasetPath, open_store
 from streamdit.config import (
     DistillationRecord,

@@ -24,7 +24,7 @@ from jobs.console import console
 from jobs.distill import distillation_job
 from jobs.launch import catch_up, is_main_process, launch, say_once
 from jobs.runtime import ray_runtime
-from jobs.train import check_dataset, training_job
+from jobs.training_job import check_dataset, training_job
 from pipeline.store import DatasetPath
 from streamdit.errors import UserError
 from streamdit.io import read_model_config

@@ -16,7 +16,7 @@ from jobs.console import OnProgress, progress, say
 from jobs.distill import teacher_plan
 from jobs.options import Address, ConfigFile, Dataset, Overrides, Preset
 from jobs.runtime import ray_runtime
-from jobs.train import check_dataset
+from jobs.training_job import check_dataset
 from pipeline.store import DatasetPath, open_store
 from streamdit.errors import UserError
 from streamdit.io import read_model_config

@@ -15,8 +15,8 @@ from evaluation.sprites import SpriteWorldConfig, make_world
 from jobs.console import console, progress, say
 from jobs.distill import distillation_job
 from jobs.launch import launch
-from jobs.train import training_job
 from jobs.train_autoencoder import train_tracked
+from jobs.training_job import training_job
 from pipeline.annotate import annotate
 from pipeline.config import IngestConfig
 from pipeline.curate import curate

@@ -11,13 +11,10 @@ from omegaconf import OmegaConf
 
 from jobs.config import Layer, load_config, read_yaml
 from jobs.options import Address, ConfigFile, Dataset, Overrides, RunDirectory
-from pipeline.schema import load_manifest
-from pipeline.store import DatasetPath, DiskStore, open_store
+from jobs.training_job import training_job
 from streamdit.errors import UserError
 from streamdit.io import read_model_config
 from training.config import TrainConfig
-from training.job import TrainJob
-from training.objective import make_flow_matching
 
 
 def command(
@@ -130,49 +127,6 @@ def parent_layers(
         keys |= {"partition", "sampling"}
     known = read_model_config(parent).model_dump(mode="json", include=keys)
     return [Layer(str(parent), OmegaConf.create(known), whole=True)]
-
-
-def training_job(
-    config: TrainConfig,
-    dataset: DatasetPath,
-    out: Path,
-    parent: Path | None = None,
-    name: str = "train",
-) -> TrainJob:
-    """The job that `streamdit train` runs.
-
-    Raises:
-        UserError: if there is no data set, or no model for adapters to be trained on.
-    """
-    check_dataset(dataset)
-    if config.lora is not None and parent is None:
-        raise UserError(
-            "lora trains adapters on a model, but none is given; name a model directory with "
-            "--from, or leave lora away"
-        )
-    return TrainJob(
-        config=config,
-        model=config.model,
-        partition=config.partition,
-        sampling=config.sampling,
-        dataset=open_store(dataset).root,
-        out=str(out.resolve()),
-        make_objective=make_flow_matching,
-        run_name=name,
-        parent=str(parent.resolve()) if parent else None,
-        tags={"stage": "train"},
-    )
-
-
-def check_dataset(dataset: DatasetPath) -> None:
-    """Refuse a path that is no dataset before any worker starts."""
-    store = open_store(dataset)
-    if isinstance(store, DiskStore) and not store.folder.is_dir():
-        raise UserError(
-            f"dataset {dataset} does not exist; make one with `streamdit ingest VIDEOS --out "
-            f"{dataset} --autoencoder DIR`"
-        )
-    load_manifest(store)
 
 
 if __name__ == "__main__":

@@ -77,7 +77,7 @@ class LaunchConfig(StrictModel):
     """How Ray places the workers: on as few nodes as can be, on as many, or each on a node of its
     own."""
     max_failures: int = Field(default=0, ge=0)
-    """How often Ray restarts the workers after a crash, from the newest checkpoint."""
+    """How often Ray restarts the workers after a crash or SIGTERM, from the newest checkpoint."""
 
 
 class TrackingConfig(StrictModel):

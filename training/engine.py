@@ -7,8 +7,7 @@ import io
 import logging
 import os
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache
@@ -104,43 +103,45 @@ def deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
 
 def build_engine(module: nn.Module, config: RunConfig, world: World) -> Any:
     """Wrap `module` into a DeepSpeed engine with AdamW."""
-    if world.device.type == "cpu":
-        # DeepSpeed picks its accelerator when it is imported.
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    os.environ.setdefault("DS_LOG_LEVEL", "ERROR")
     optimizer = torch.optim.AdamW(
         [parameter for parameter in module.parameters() if parameter.requires_grad],
         lr=config.optimizer.learning_rate,
         betas=config.optimizer.betas,
         weight_decay=config.optimizer.weight_decay,
     )
-    with _quiet_libraries():
-        import deepspeed
-        from deepspeed.utils import logger
-
-        logger.setLevel("ERROR")
-        engine, *_ = deepspeed.initialize(
-            model=module,
-            optimizer=optimizer,
-            config=deepspeed_config(config, world.size),
-            dist_init_required=False,
-        )
-    return engine
+    return initialize_deepspeed(
+        world.device, module, deepspeed_config(config, world.size), optimizer
+    )
 
 
-@contextmanager
-def _quiet_libraries() -> Iterator[None]:
-    """Keep what concerns only DeepSpeed's and PyTorch's own developers out of a run's log.
+def initialize_deepspeed(
+    device: torch.device,
+    module: nn.Module,
+    settings: dict[str, Any],
+    optimizer: torch.optim.Optimizer | None = None,
+) -> Any:
+    """DeepSpeed engine in this process group, without chatter in the run's log.
 
     DeepSpeed prints what it has compiled, and PyTorch warns of a CUDA toolkit without a GPU and
-    of calls of DeepSpeed's that will have new names.
+    of calls of DeepSpeed's that will have new names: matters of their developers.
     """
+    if device.type == "cpu":
+        # DeepSpeed picks its accelerator when it is imported.
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    os.environ.setdefault("DS_LOG_LEVEL", "ERROR")
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     warnings.filterwarnings(
         "ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning
     )
     with redirect_stdout(io.StringIO()):
-        yield
+        import deepspeed
+        from deepspeed.utils import logger
+
+        logger.setLevel("ERROR")
+        engine, *_ = deepspeed.initialize(
+            model=module, optimizer=optimizer, config=settings, dist_init_required=False
+        )
+    return engine
 
 
 def set_learning_rate(engine: Any, learning_rate: float) -> None:

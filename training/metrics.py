@@ -44,7 +44,6 @@ class StepMeter:
         device: where it runs.
         peak: FLOP/s that utilisation is measured against; None leaves it out.
         recompute: one more forward pass for activation checkpointing.
-        teacher_forwards: forward passes of a teacher of the same shape, per sample.
     """
 
     model: DiTConfig
@@ -52,19 +51,29 @@ class StepMeter:
     device: torch.device
     peak: float | None
     recompute: bool
-    teacher_forwards: float
     _steps: list[float] = field(default_factory=list)
     _waits: list[float] = field(default_factory=list)
     _samples: int = 0
     _tokens: int = 0
     _forward_flops: float = 0.0
+    _extra_flops: float = 0.0
     _costs: dict[tuple[Any, ...], tuple[int, int]] = field(default_factory=dict)
 
-    def add(self, seconds: float, waited: float, batches: Sequence[Batch]) -> None:
-        """One step over `batches` took `seconds`, of which `waited` for data."""
+    def add(
+        self,
+        seconds: float,
+        waited: float,
+        batches: Sequence[Batch],
+        extra_forwards: Sequence[int],
+    ) -> None:
+        """One step over `batches` took `seconds`, of which `waited` for data.
+
+        `extra_forwards` counts, for each batch, forward passes of one sample beside the student's
+        own, by models of the same shape.
+        """
         self._steps.append(seconds)
         self._waits.append(waited)
-        for batch in batches:
+        for batch, extra in zip(batches, extra_forwards, strict=True):
             samples, _, _, height, width = batch.latents.shape
             lengths = tuple((name, values.shape[1]) for name, (values, _) in batch.text.items())
             shape = (height, width, lengths)
@@ -74,6 +83,7 @@ class StepMeter:
             self._samples += samples
             self._tokens += samples * tokens
             self._forward_flops += samples * flops
+            self._extra_flops += extra * flops
 
     def flush(self, steps_left: int) -> dict[str, float]:
         """Figures over the steps since the last flush."""
@@ -89,16 +99,16 @@ class StepMeter:
             "eta_s": mean * steps_left,
         }
         # Forward and backward are three forward passes; hardware also does what is recomputed.
-        passes = 3 + self.teacher_forwards
         forward = self._forward_flops / seconds
-        figures["model_tflops_per_device"] = forward * passes / 1e12
+        model_flops = 3 * forward + self._extra_flops / seconds
+        figures["model_tflops_per_device"] = model_flops / 1e12
         if self.peak:
-            figures["mfu"] = forward * passes / self.peak
-            figures["hfu"] = forward * (passes + int(self.recompute)) / self.peak
+            figures["mfu"] = model_flops / self.peak
+            figures["hfu"] = (model_flops + int(self.recompute) * forward) / self.peak
         self._steps.clear()
         self._waits.clear()
         self._samples = self._tokens = 0
-        self._forward_flops = 0.0
+        self._forward_flops = self._extra_flops = 0.0
         return figures
 
 

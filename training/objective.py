@@ -45,13 +45,7 @@ class Objective(Protocol):
 
     The draws of a sample come from that sample's own generator, so they do not depend on the
     number of workers or on where a run was resumed.
-
-    Attributes:
-        teacher_forwards: forward passes of a model of the student's shape that one sample costs
-            beside the student's own.
     """
-
-    teacher_forwards: float
 
     def draw(
         self, latent_shape: torch.Size, generator: torch.Generator, progress: float = 0.0
@@ -68,6 +62,13 @@ class Objective(Protocol):
         """Loss (scalar, float32) and figures to log."""
         ...
 
+    def extra_forwards(self, draws: Draws) -> int:
+        """Forward passes, one sample each, beside the student's own on a batch of these draws.
+
+        They are of models of the student's shape: a teacher, or the student making its own input.
+        """
+        ...
+
 
 def stack_draws(draws: Sequence[Draws]) -> Draws:
     """Draws of single samples as draws of a batch."""
@@ -82,8 +83,6 @@ class FlowMatching:
         buffer_frames: B.
         caption_dropout: share of captions replaced by the empty one.
     """
-
-    teacher_forwards = 0.0
 
     def __init__(
         self, partition: PartitionConfig, buffer_frames: int, caption_dropout: float
@@ -122,6 +121,10 @@ class FlowMatching:
         metrics = self._by_chunk_size(per_sample.detach(), draws["chunk_frames"])
         metrics |= self._by_segment(per_frame.detach(), draws["weight"], draws["tau"])
         return per_sample.mean(), metrics
+
+    def extra_forwards(self, draws: Draws) -> int:
+        """None: the student answers once."""
+        return 0
 
     def _by_chunk_size(self, per_sample: Tensor, chunk_frames: Tensor) -> Metrics:
         """Loss of the samples of each chunk size."""

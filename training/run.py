@@ -92,9 +92,9 @@ class Run:
             started = time.perf_counter()
             waited = started - waiting
             with memory_errors(config, self.engine.module, batches, self.world):
-                figures = self._train_step(batches, stop)
+                figures, extra_forwards = self._train_step(batches, stop)
             waiting = time.perf_counter()
-            meter.add(waiting - started + waited, waited, batches)
+            meter.add(waiting - started + waited, waited, batches, extra_forwards)
             last = self.step == config.steps
             if last or self.step % config.log_every == 0 or self.step == 1:
                 self._log(figures, meter)
@@ -108,11 +108,15 @@ class Run:
                 raise Interrupted(f"stopped at step {self.step}; the same command continues")
             waiting = time.perf_counter()
 
-    def _train_step(self, batches: list[Batch], stop: StopRequest) -> Means:
-        """One optimizer step over its micro-batches; its figures stay on the device."""
+    def _train_step(self, batches: list[Batch], stop: StopRequest) -> tuple[Means, list[int]]:
+        """One optimizer step over its micro-batches.
+
+        Returns:
+            Its figures, which stay on the device, and each micro-batch's extra forward passes.
+        """
         config, device = self.config, self.world.device
         set_learning_rate(self.engine, learning_rate(config.optimizer, self.step, config.steps))
-        figures, losses = Means(), []
+        figures, losses, extra_forwards = Means(), [], []
         for batch in batches:
             draws = stack_draws(
                 [
@@ -124,6 +128,7 @@ class Run:
                     for index in batch.sample_indices
                 ]
             )
+            extra_forwards.append(self.objective.extra_forwards(draws))
             loss, metrics = self.objective(
                 self.engine,
                 batch.to(device),
@@ -141,7 +146,7 @@ class Run:
         if not skipped:
             self.ema.update()
         self.skipped.note(self.step, skipped, batches, losses)
-        return figures
+        return figures, extra_forwards
 
     def _meter(self) -> StepMeter:
         config, device = self.config, self.world.device
@@ -151,7 +156,6 @@ class Run:
             device=device,
             peak=device_peak_flops(device) if config.precision == "bfloat16" else None,
             recompute=config.activation_checkpointing,
-            teacher_forwards=self.objective.teacher_forwards,
         )
 
     def _log(self, step: Means, meter: StepMeter) -> None:

@@ -286,3 +286,29 @@ def test_every_worker_evaluates_the_models_equally_often_whatever_it_drew():
         objective(student, batch_of(torch.randn(2, *SHAPE)), draws_for(objective, 2, seed=9 * seed))
         counts.add(tuple(calls.values()))
     assert counts == {(3 * 2 + 2, 3 + 1)}
+
+
+@pytest.mark.parametrize("w", [1.0, 2.0])
+@pytest.mark.parametrize(
+    "shares", [{}, {"teacher": 0.5}, {"student": 0.5}, {"teacher": 0.3, "student": 0.3}], ids=str
+)
+def test_extra_forwards_are_those_that_are_made(shares, w):
+    """Counted sample by sample where the models are called, under every kind of drift."""
+    for seed in range(6):
+        evaluated = {"teacher": 0, "student": 0}
+
+        def teacher(latents, tau, text, evaluated=evaluated):
+            evaluated["teacher"] += len(latents)
+            return latents
+
+        def student(latents, tau, text, evaluated=evaluated):
+            evaluated["student"] += len(latents)
+            return latents
+
+        objective = distillation(
+            teacher, PartitionScheme(0, 4, 2, 2), w=w, drift=drifting(3, **shares)
+        )
+        draws = draws_for(objective, 4, seed=9 * seed)
+        objective(student, batch_of(torch.randn(4, *SHAPE)), draws)
+        made = evaluated["teacher"] + evaluated["student"] - 4
+        assert objective.extra_forwards(draws) == made > 0

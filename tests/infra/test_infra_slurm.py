@@ -1,6 +1,7 @@
 """The Slurm script: clean by shellcheck, and run for real with stand-ins for Slurm's commands."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -30,7 +31,8 @@ def slurm(tmp_path):
     executable(tmp_path / "bin" / "scontrol", "printf 'node7\\nnode8\\n'")
     executable(tmp_path / "bin" / "srun", 'shift; exec "$@"')
     executable(
-        tmp_path / "venv" / "bin" / "torchrun", 'echo "$OMP_NUM_THREADS"; printf "%s\\n" "$@"'
+        tmp_path / "venv" / "bin" / "torchrun",
+        'echo "$OMP_NUM_THREADS"; echo "$TORCH_ELASTIC_SHUTDOWN_TIMEOUT"; printf "%s\\n" "$@"',
     )
 
     def run(*arguments, **environment):
@@ -57,8 +59,7 @@ def slurm(tmp_path):
 def test_every_node_meets_at_the_first_one_and_passes_the_arguments_on(slurm):
     result = slurm("/data/my videos", "--out", "/runs/a", "steps=10")
     assert result.returncode == 0, result.stderr
-    assert result.stdout.splitlines() == [
-        "8",
+    assert result.stdout.splitlines()[2:] == [
         "--nnodes=2",
         "--nproc-per-node=8",
         "--rdzv-backend=c10d",
@@ -77,6 +78,13 @@ def test_node_without_gpu_runs_one_process_with_all_its_cores(slurm):
     result = slurm("/data", SLURM_GPUS_ON_NODE="", SLURM_CPUS_PER_TASK="4")
     assert "--nproc-per-node=1" in result.stdout.splitlines()
     assert result.stdout.splitlines()[0] == "4"
+
+
+def test_workers_have_as_long_to_save_as_slurm_gives_them_or_as_is_said(slurm):
+    (warned,) = re.findall(r"^#SBATCH --signal=TERM@(\d+)$", SCRIPT.read_text(), re.MULTILINE)
+    assert 30 < int(slurm("/data").stdout.splitlines()[1]) < int(warned)
+    result = slurm("/data", TORCH_ELASTIC_SHUTDOWN_TIMEOUT="600")
+    assert result.stdout.splitlines()[1] == "600"
 
 
 def test_requeued_job_does_not_join_the_rendezvous_of_its_first_life(slurm):

@@ -14,11 +14,13 @@ from pathlib import Path
 
 import pytest
 from latent_dataset import train_settings, write_dataset
-from training_runs import tiny_job, train
+from training_runs import losses, tiny_job, train
 
+from jobs.errors import Stopped
 from jobs.launch import _check_nodes, launch, lost_worker
 from jobs.runtime import ray_runtime
 from streamdit.errors import UserError
+from training.checkpoint import find_checkpoints, read_facts
 from training.config import LaunchConfig, TrainConfig
 from training.job import TrainJob
 from training.metrics import read_metrics
@@ -52,6 +54,25 @@ def dying_objective(folder, job, device):
         return draw(shape, generator, progress)
 
     objective.draw = deadly_draw
+    return objective
+
+
+def stopping_objective(folder, job, device):
+    """An ordinary objective whose second worker is asked to stop at steps 3 and 5, once each."""
+    import torch.distributed as dist
+
+    objective = make_flow_matching(job, device)
+    draw = objective.draw
+
+    def told_draw(shape, generator, progress):
+        step = round(progress * job.config.steps) + 1
+        mark = Path(folder) / f"asked-{step}"
+        if dist.get_rank() == 1 and step in (3, 5) and not mark.exists():
+            mark.write_text("")
+            os.kill(os.getpid(), signal.SIGTERM)
+        return draw(shape, generator, progress)
+
+    objective.draw = told_draw
     return objective
 
 
@@ -128,6 +149,21 @@ def test_lost_worker_is_told_from_an_error_in_one():
     assert lost_worker(WorkerGroupError("two", {0: left_alone, 1: silent}))
     assert not lost_worker(WorkerGroupError("one", {0: RuntimeError("a bug")}))
     assert not lost_worker(WorkerGroupError("two", {0: UserError("no such file"), 1: silent}))
+
+
+@pytest.mark.slow
+def test_workers_asked_to_stop_save_and_start_again_as_often_as_allowed(two_nodes, tmp_path):
+    """The first SIGTERM costs the one restart that is allowed, the second ends the command."""
+    job = job_of(tmp_path, stopping_objective, max_failures=1)
+    with pytest.raises(Stopped, match=r"^stopped at step 5; the same command continues$"):
+        launch(job, two_nodes[0])
+    assert (tmp_path / "asked-3").exists()
+    saved = [read_facts(path).step for path in find_checkpoints(tmp_path / "run/checkpoints")]
+    assert sorted(saved) == [3, 5]
+    train(job.dataset, tmp_path / "straight", validation={"samples": 0})
+    expected = losses(tmp_path / "straight")
+    del expected[6]
+    assert losses(tmp_path / "run") == pytest.approx(expected, rel=1e-5)
 
 
 def free_port():

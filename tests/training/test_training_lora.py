@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 from training_runs import losses, train
 
 from jobs.config import load_config
-from jobs.train import parent_layers, training_job
+from jobs.train import parent_layers
+from jobs.training_job import training_job
 from streamdit.config import DiTConfig
 from streamdit.errors import UserError
 from streamdit.hashing import file_sha256

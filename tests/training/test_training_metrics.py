@@ -40,10 +40,9 @@ def test_work_is_counted_by_bucket_text_and_passes(recompute, teacher):
         device=torch.device("cpu"),
         peak=1e9,
         recompute=recompute,
-        teacher_forwards=teacher,
     )
-    meter.add(2.0, 0.5, [batch(3, 4, 7), batch(3, 4, 9)])
-    meter.add(3.0, 0.0, [batch(2, 8, 7)])
+    meter.add(2.0, 0.5, [batch(3, 4, 7), batch(3, 4, 9)], [3 * teacher, 3 * teacher])
+    meter.add(3.0, 0.0, [batch(2, 8, 7)], [2 * teacher])
     figures = meter.flush(steps_left=10)
     small, wide = MODEL.buckets
     forward = (
@@ -59,7 +58,7 @@ def test_work_is_counted_by_bucket_text_and_passes(recompute, teacher):
     assert figures["data_wait_share"] == pytest.approx(0.1)
     assert figures["eta_s"] == pytest.approx(25.0)
 
-    meter.add(1.0, 0.0, [batch(1, 4, 7)])
+    meter.add(1.0, 0.0, [batch(1, 4, 7)], [0])
     assert meter.flush(0)["samples_per_s"] == pytest.approx(4.0)
 
 

@@ -6,7 +6,7 @@ from latent_dataset import write_dataset
 from safetensors.torch import load_file
 from training_runs import tiny_job, train
 
-from jobs.train import check_dataset
+from jobs.training_job import check_dataset
 from streamdit.autoencoder import load_autoencoder
 from streamdit.errors import UserError
 from training.data import LatentDataset
