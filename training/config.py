@@ -113,6 +113,9 @@ class DataConfig(StrictModel):
     and each takes a CPU and its own cache of shards."""
     ahead: int = Field(default=2, gt=0)
     """Steps that the thread, or each process, reads ahead."""
+    cache_mb: float = Field(default=1024.0, gt=0)
+    """Megabytes of shards that the thread, or each process, keeps; they are read more than once an
+    epoch if that is less than 1.5 times `shuffle_mb` for every bucket."""
 
 
 class RunConfig(StrictModel):
@@ -128,6 +131,9 @@ class RunConfig(StrictModel):
     """Kind of autoencoder that the data set must have been encoded with; default: any that fits."""
     seed: int = 0
     """Seed of initial weights, data order and every draw."""
+    shuffle_mb: float = Field(default=512.0, gt=0)
+    """Megabytes of shards that clips are shuffled among at a time; smaller data sets are shuffled
+    as a whole. More needs more memory (`data.cache_mb`)."""
     optimizer: OptimizerConfig = OptimizerConfig()
     """AdamW and its learning rate."""
     ema_decay: float = Field(default=0.999, ge=0, lt=1)

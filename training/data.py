@@ -8,9 +8,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline.schema import AUTOENCODER_FOLDER, Manifest, load_manifest
@@ -108,12 +110,20 @@ class LatentDataset:
             name: np.flatnonzero(codes == code)
             for code, name in enumerate(buckets.dictionary.to_pylist())
         }
+        self.row_groups = _number_row_groups(table)
         self._groups = RowGroups(self.store, cache_bytes)
         self._names = [encoder.name for encoder in self.manifest.text_encoders]
         self._shift, self._scale = latent_statistics(self.manifest.autoencoder)
 
     def __len__(self) -> int:
         return len(self._index)
+
+    def groups_in(self, megabytes: float) -> int:
+        """Row groups, with the text of their clips, that so much memory holds; at least one."""
+        sizes = [sum(f.bytes for f in self.manifest.files_of(kind)) for kind in ("latent", "text")]
+        rows = sum(file.rows for file in self.manifest.files_of("latent"))
+        largest = 1 + pc.max(self._index["latent_row"]).as_py()
+        return max(1, int(megabytes * 2**20 * rows / (sum(sizes) * largest)))
 
     @property
     def clip_ids(self) -> list[str]:
@@ -263,6 +273,13 @@ class LatentDataset:
         return TextStates.collate(
             [{name: read_tensor(row, f"text_{name}", file.path).float() for name in self._names}]
         )
+
+
+def _number_row_groups(selection: pa.Table) -> NDArray[np.int64]:
+    """A number for the row group that each clip's latent lies in, `[clips]`."""
+    files = selection["latent_file"].combine_chunks().dictionary_encode().indices.to_numpy()
+    rows = selection["latent_row_group"].to_numpy().astype(np.int64)
+    return np.unique(files * (rows.max(initial=0) + 1) + rows, return_inverse=True)[1]
 
 
 def _names(encoders: Sequence[TextEncoderConfig]) -> str:

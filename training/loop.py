@@ -37,7 +37,7 @@ def train_loop(job: TrainJob) -> None:
     world = join_world()
     config.accumulation(world.size)
     torch.manual_seed(config.seed)
-    dataset = LatentDataset(job.dataset, "train")
+    dataset = LatentDataset(job.dataset, "train", int(config.data.cache_mb * 2**20))
     model, start_config = _starting_model(job)
     dataset.check_files(world.rank, world.size)
     dataset.check_fits(model.config, config.autoencoder)

@@ -56,7 +56,13 @@ class Run:
         self.held_out = LatentDataset(job.dataset, "held_out")
         if len(self.held_out):
             self.held_out.check_fits(job.model)
-        order = BatchOrder(dataset.buckets, config.global_batch, config.seed)
+        order = BatchOrder(
+            dataset.buckets,
+            config.global_batch,
+            config.seed,
+            dataset.row_groups,
+            dataset.groups_in(config.shuffle_mb),
+        )
         self.loader = self._loader(dataset, order, micro_batch)
         self.held_out_loader = self._loader(self.held_out, order, 1)
         self.checkpoints = Path(job.out) / "checkpoints"

@@ -1,8 +1,11 @@
 """Data order and reading: pure functions of (seed, step), checked against the shards."""
 
+import itertools
 import re
 import shutil
+from collections import OrderedDict
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -64,6 +67,54 @@ def test_a_batch_larger_than_a_bucket_takes_several_epochs_of_it():
     counts = [order.batch(0).count(clip) for clip in range(3)]
     assert sum(counts) == 8
     assert max(counts) - min(counts) <= 1
+
+
+def test_clips_come_within_a_few_row_groups_of_their_own():
+    """40 row groups of 8 clips, 5 in use: each is read once an epoch by a cache of 1.5 times 5."""
+    groups = np.arange(320) // 8
+    order = BatchOrder({"only": list(range(320))}, 4, 0, groups, shuffle_groups=5)
+    for epoch in (0, 1):
+        clips = [clip for step in range(80 * epoch, 80 * epoch + 80) for clip in order.batch(step)]
+        assert sorted(clips) == list(range(320))
+        first, last = {}, {}
+        for place, clip in enumerate(clips):
+            first.setdefault(groups[clip], place)
+            last[groups[clip]] = place
+        in_use = [sum(first[g] <= place <= last[g] for g in first) for place in range(320)]
+        assert max(in_use) <= 7
+        assert np.mean(in_use[40:-40]) > 3
+        assert list(first) != sorted(first)
+        neighbours = np.mean([groups[a] == groups[b] for a, b in itertools.pairwise(clips)])
+        assert neighbours < 0.4
+        cache, reads = OrderedDict(), 0
+        for clip in clips:
+            reads += groups[clip] not in cache
+            cache[groups[clip]] = None
+            cache.move_to_end(groups[clip])
+            if len(cache) > 7:
+                cache.popitem(last=False)
+        assert reads <= 42
+
+
+def test_a_bucket_of_few_row_groups_is_shuffled_as_a_whole():
+    clips = {"only": list(range(32))}
+    among_all = BatchOrder(clips, 8, seed=0)
+    among_groups = BatchOrder(clips, 8, 0, np.arange(32) // 8, shuffle_groups=4)
+    fewer = BatchOrder(clips, 8, 0, np.arange(32) // 8, shuffle_groups=2)
+    batches = [[order.batch(step) for step in range(9)] for order in (among_all, among_groups)]
+    assert batches[0] == batches[1]
+    assert [fewer.batch(step) for step in range(9)] != batches[0]
+
+
+def test_row_groups_are_numbered_and_fit_the_memory_that_is_given(dataset_dir):
+    dataset = LatentDataset(dataset_dir, "train")
+    index = pq.read_table(dataset_dir / "selection/v1.parquet").to_pylist()
+    where = {row["clip_id"]: row["latent_row_group"] for row in index}
+    assert dataset.row_groups.tolist() == [where[clip] for clip in dataset.clip_ids]
+    files = [dataset_dir / name for name in ("latents/a.parquet", "text/a.parquet")]
+    of_a_group = sum(path.stat().st_size for path in files) * 5 / 24
+    assert dataset.groups_in(3.5 * of_a_group / 2**20) == 3
+    assert dataset.groups_in(1e-6) == 1
 
 
 def test_draws_of_a_sample_are_its_own():
