@@ -121,7 +121,7 @@ def _write(
     target = root / path
     target.parent.mkdir(parents=True, exist_ok=True)
     table = pa.Table.from_pylist(rows, schema=schema)
-    pq.write_table(table, target, row_group_size=group, compression="zstd", compression_level=1)
+    pq.write_table(table, target, row_group_size=group, compression="none")
     return FileRecord(
         path=path,
         kind=kind,

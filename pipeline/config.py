@@ -168,6 +168,9 @@ class ShardConfig(StrictModel):
     """Number format of latents."""
     text_dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Number format of text states."""
+    compression: Literal["none", "zstd"] = "none"
+    """Of shards: zstd makes those of plain pictures smaller, noisy ones hardly, and is many times
+    slower to read. Trainers read both."""
 
 
 class EncodeConfig(StrictModel):

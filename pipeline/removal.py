@@ -179,8 +179,10 @@ def _rewrite_table(store: Store, path: str, note: RemovalNote) -> None:
         if not rows and path.split("/", 1)[0] in DELETED_WHEN_EMPTY:
             store.delete(path)
             return
+        compression = file.metadata.row_group(0).column(0).compression.lower()
+        compression = "none" if compression == "uncompressed" else compression
         sink = store.sink(path)
-        with open_parquet(sink.file, file.schema_arrow) as writer:
+        with open_parquet(sink.file, file.schema_arrow, compression) as writer:
             for group, mask in zip(groups, masks, strict=True):
                 table = file.read_row_group(group).filter(mask)
                 if table.num_rows:

@@ -60,7 +60,7 @@ def read_rows(store: Store, marker: Marker, kind: FileKind) -> list[dict[str, An
     return [row for path in paths for row in pq.read_table(store.source(path)).to_pylist()]
 
 
-def open_parquet(file: BinaryIO, schema: pa.Schema) -> pq.ParquetWriter:
+def open_parquet(file: BinaryIO, schema: pa.Schema, compression: str = "zstd") -> pq.ParquetWriter:
     """Writer into an open file, which it leaves open.
 
     Dictionaries and statistics are off: they would make a second copy of payloads in memory.
@@ -68,8 +68,8 @@ def open_parquet(file: BinaryIO, schema: pa.Schema) -> pq.ParquetWriter:
     return pq.ParquetWriter(
         pa.PythonFile(file, mode="w"),
         schema,
-        compression="zstd",
-        compression_level=1,
+        compression=compression,
+        compression_level=1 if compression == "zstd" else None,
         use_dictionary=False,
         write_statistics=False,
     )
@@ -97,6 +97,7 @@ class ShardWriter:
         self.unit = unit
         self.bucket = bucket
         self.schema = schema
+        self.compression = config.compression
         self.row_group_bytes = config.row_group_mb * 1e6
         self.shard_bytes = config.shard_mb * 1e6
         self.part = first_part
@@ -157,7 +158,7 @@ class ShardWriter:
             return
         if self._writer is None:
             self._sink = self.store.sink(self._path)
-            self._writer = open_parquet(self._sink.file, self.schema)
+            self._writer = open_parquet(self._sink.file, self.schema, self.compression)
         table = pa.Table.from_pylist(self._rows, schema=self.schema)
         self._writer.write_table(table, row_group_size=len(self._rows))
         self._written += len(self._rows)

@@ -56,8 +56,9 @@ def latent_rows(count, size):
         }
 
 
-def test_row_groups_and_shards_are_cut_by_bytes(tmp_path):
-    config = ShardConfig(row_group_mb=0.03, shard_mb=0.1)
+@pytest.mark.parametrize(("compression", "codec"), [("none", "UNCOMPRESSED"), ("zstd", "ZSTD")])
+def test_row_groups_and_shards_are_cut_by_bytes(tmp_path, compression, codec):
+    config = ShardConfig(row_group_mb=0.03, shard_mb=0.1, compression=compression)
     rows = list(latent_rows(25, 10_000))
     with ShardWriter(
         open_store(tmp_path), "latent", "u", "16x8x8", LATENT_SCHEMA, config
@@ -76,7 +77,7 @@ def test_row_groups_and_shards_are_cut_by_bytes(tmp_path):
         file = pq.ParquetFile(path)
         sizes = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
         assert sizes == ([3, 3, 3, 1] if record.rows == 10 else [3, 2])
-        assert file.metadata.row_group(0).column(3).compression == "ZSTD"
+        assert file.metadata.row_group(0).column(3).compression == codec
         read += file.read().to_pylist()
     assert read == rows
 
