@@ -256,6 +256,11 @@ class LatentDataset:
         }
         return {"clip_id": address["clip_id"], "latents": latents, "text": states}
 
+    @property
+    def read_bytes(self) -> int:
+        """Bytes of row groups read so far."""
+        return self._groups.read_bytes
+
     @contextmanager
     def autoencoder_source(self) -> Iterator[str]:
         """The decoder of the latents as a folder on this machine, or by its name on a hub."""
