@@ -130,7 +130,7 @@ def _planned_autoencoder(kind: str | None, preset: str, channels: int) -> Autoen
         return AutoencoderFacts(
             kind="wan", first_frame_alone=True, parameters=WAN_AUTOENCODERS.get(channels)
         )
-    from training.autoencoder import AutoencoderTrainConfig
+    from training.autoencoder_config import AutoencoderTrainConfig
 
     own = preset if preset in available_presets("autoencoder") else "default"
     plan = load_config(AutoencoderTrainConfig, stage="autoencoder", preset=own)

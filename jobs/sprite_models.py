@@ -22,7 +22,7 @@ from pipeline.config import IngestConfig
 from pipeline.curate import curate
 from pipeline.encode import encode
 from streamdit.config import StrictModel
-from training.autoencoder import AutoencoderTrainConfig
+from training.autoencoder_config import AutoencoderTrainConfig
 from training.config import TrackingConfig, TrainConfig
 
 STAGES = 6

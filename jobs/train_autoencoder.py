@@ -12,11 +12,8 @@ from jobs.config import load_config
 from jobs.console import OnProgress, format_duration, format_parameters, progress, say
 from jobs.options import ConfigFile, Overrides, Preset
 from pipeline.store import DatasetPath
-from training.autoencoder import (
-    AutoencoderTrainConfig,
-    AutoencoderTrainSummary,
-    train_autoencoder,
-)
+from training.autoencoder import AutoencoderTrainSummary, train_autoencoder
+from training.autoencoder_config import AutoencoderTrainConfig
 from training.config import TrackingConfig
 from training.tracking import Tracker
 

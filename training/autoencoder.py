@@ -19,19 +19,25 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
-from pydantic import Field
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from streamdit.autoencoder.causal import FACTORS, CausalAutoencoder, CausalAutoencoderConfig
+from streamdit.autoencoder.causal import FACTORS, CausalAutoencoder
 from streamdit.autoencoder.io import read_record, save_autoencoder
-from streamdit.config import AutoencoderIdentity, StrictModel
+from streamdit.config import AutoencoderIdentity
 from streamdit.errors import UserError
 from training.autoencoder_clips import Clips, batches, open_clips
+from training.autoencoder_config import UNESSENTIAL, AutoencoderTrainConfig
+from training.autoencoder_quality import (
+    autoencoder_loss,
+    mean_psnr,
+    measure_statistics,
+    mixed_precision,
+    to_video,
+)
 
 CHECKPOINT_FOLDER = "checkpoints"
 FINAL_RATE_SHARE = 0.02
@@ -39,78 +45,6 @@ FINAL_RATE_SHARE = 0.02
 Log = Callable[[int, dict[str, float]], None]
 
 log = logging.getLogger(__name__)
-
-
-class AutoencoderLossConfig(StrictModel):
-    """Weights of the loss; every term is a mean over its elements."""
-
-    l1: float = Field(default=1.0, ge=0)
-    """Absolute error of pixels in -1...1."""
-    l2: float = Field(default=1.0, ge=0)
-    """Squared error of pixels."""
-    gradient: float = Field(default=0.0, ge=0)
-    """Absolute error of the differences between neighbouring pixels: crisp edges."""
-    temporal: float = Field(default=0.0, ge=0)
-    """Absolute error of the differences between consecutive frames: no flicker."""
-    kl: float = Field(default=1e-5, ge=0)
-    """Kullback-Leibler divergence of the posterior from a unit Gaussian: compact latents."""
-
-
-class AutoencoderTrainConfig(StrictModel):
-    """Everything that decides how an autoencoder is trained."""
-
-    model: CausalAutoencoderConfig = CausalAutoencoderConfig()
-    """Architecture."""
-    steps: int = Field(default=100_000, gt=0)
-    """Optimizer steps."""
-    seconds: float | None = Field(default=None, gt=0)
-    """Stop after this much time of training even if `steps` are not done; the learning rate then
-    falls with time. Two runs with a time limit that bites are not identical."""
-    batch: int = Field(default=8, gt=0)
-    """Clips per step."""
-    frames: int = Field(default=16, gt=0, multiple_of=FACTORS[0])
-    """Consecutive video frames cut from a clip."""
-    crop: tuple[int, int] | None = None
-    """Rows and columns cut from the picture; none takes all of it."""
-    learning_rate: float = Field(default=2e-4, gt=0)
-    """Peak learning rate of the networks (AdamW)."""
-    linear_rate_share: float = Field(default=0.1, ge=0)
-    """Learning rate of the linear path, relative: it starts at its optimum."""
-    warmup_steps: int = Field(default=500, ge=0)
-    """Steps in which the learning rate rises; afterwards it falls by a cosine."""
-    gradient_clip: float = Field(default=1.0, gt=0)
-    """Largest norm of the gradient."""
-    loss: AutoencoderLossConfig = AutoencoderLossConfig()
-    """Weights of the loss."""
-    seed: int = Field(default=0, ge=0)
-    """Seed of weights, data order and noise."""
-    fit_clips: int = Field(default=64, gt=0)
-    """Training clips that the linear path is fitted to."""
-    normalisation: Literal["channel", "shared"] = "channel"
-    """`channel`: every latent channel is scaled to unit variance. `shared`: one scale for all, so
-    that channels keep their share of the variance and small models learn what matters first."""
-    statistics_clips: int = Field(default=64, gt=0)
-    """Training clips over which the latents' scale and shift are measured."""
-    held_out_share: float = Field(default=0.02, ge=0, lt=1)
-    """Share of sources kept from training; give what `ingest` has (selection.held_out_share)."""
-    held_out_clips: int = Field(default=16, gt=0)
-    """Held-out clips on which reconstruction is measured."""
-    held_out_every: int = Field(default=5_000, gt=0)
-    """Steps between two measurements."""
-    log_every: int = Field(default=50, gt=0)
-    """Steps between two log lines."""
-    checkpoint_every: int = Field(default=1_000, gt=0)
-    """Steps between two checkpoints."""
-    cache_mb: float = Field(default=2_048.0, ge=0)
-    """Megabytes of decoded clips kept in memory."""
-    workers: int = Field(default=2, gt=0)
-    """Threads that decode clips ahead."""
-    threads: int | None = Field(default=None, gt=0)
-    """CPU threads of the model; none leaves PyTorch's choice."""
-
-
-UNESSENTIAL = ("held_out_every", "log_every", "checkpoint_every", "cache_mb", "workers", "threads")
-"""Settings that a resumed run may change, since they do not change what is learned."""
 
 
 @dataclass(frozen=True)
@@ -323,94 +257,6 @@ class Run:
         return self.step
 
 
-def autoencoder_loss(
-    video: Tensor,
-    reconstruction: Tensor,
-    mean: Tensor,
-    logvar: Tensor,
-    weights: AutoencoderLossConfig,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Weighted loss, and its terms for the log.
-
-    Args:
-        video: `[b, t, 3, h, w]` in -1...1.
-        reconstruction: what the decoder made of it, same shape.
-        mean: posterior mean `[b, f, C, h', w']`.
-        logvar: posterior log variance, same shape.
-        weights: weight of each term.
-
-    Returns:
-        The loss, and detached `loss`, `l1`, `l2`, `gradient`, `temporal`, `kl` (unweighted) and
-        `psnr` in decibels.
-    """
-    error = reconstruction.float() - video.float()
-    mean, logvar = mean.float(), logvar.float()
-    terms = {
-        "l1": error.abs().mean(),
-        "l2": error.square().mean(),
-        "gradient": 0.5 * (error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()),
-        "temporal": error.diff(dim=1).abs().mean(),
-        "kl": 0.5 * (mean.square() + logvar.exp() - 1.0 - logvar).mean(),
-    }
-    loss = sum((getattr(weights, name) * term for name, term in terms.items()), error.new_zeros(()))
-    logged = {name: term.detach() for name, term in terms.items()}
-    return loss, {"loss": loss.detach(), **logged, "psnr": psnr_of(logged["l2"])}
-
-
-def psnr_of(squared_error: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio in decibels of a mean squared error of pixels in -1...1."""
-    return 10.0 * torch.log10(4.0 / squared_error.clamp(min=1e-10))
-
-
-@torch.no_grad()
-def mean_psnr(model: CausalAutoencoder, clips: Clips, config: AutoencoderTrainConfig) -> float:
-    """Mean over clips of the reconstruction's PSNR in decibels; whole clips at full size."""
-    model.eval()
-    values = []
-    for video in whole_clips(model, clips, config.held_out_clips, config.seed):
-        with mixed_precision(video.device):
-            decoded, _ = model.decode(model.encode(video))
-        error = (decoded.float().clamp(-1.0, 1.0) - video).square().mean()
-        values.append(psnr_of(error).item())
-    return float(np.mean(values))
-
-
-@torch.no_grad()
-def measure_statistics(
-    model: CausalAutoencoder, clips: Clips, config: AutoencoderTrainConfig
-) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Scale (1 / deviation) and shift (mean) of the latents over training clips."""
-    model.eval()
-    channels = model.config.latent_channels
-    total = torch.zeros(channels, dtype=torch.float64, device=next(model.parameters()).device)
-    squares, count = total.clone(), 0
-    for video in whole_clips(model, clips, config.statistics_clips, config.seed):
-        with mixed_precision(video.device):
-            latents = model.encode(video)
-        voxels = latents.double().transpose(0, 2).flatten(1)  # [C, f * h * w]
-        total += voxels.sum(dim=1)
-        squares += voxels.square().sum(dim=1)
-        count += voxels.shape[1]
-    shift = total / count
-    deviation = (squares / count - shift.square()).clamp(min=1e-12).sqrt()
-    if config.normalisation == "shared":
-        deviation = deviation.square().mean().sqrt().expand_as(deviation)
-    return tuple((1.0 / deviation).tolist()), tuple(shift.tolist())
-
-
-def whole_clips(model: CausalAutoencoder, clips: Clips, count: int, seed: int) -> Iterator[Tensor]:
-    """A fixed sample of clips, one by one, as `[1, t, 3, H, W]` on the model's device.
-
-    Cut to the largest size that the autoencoder takes.
-    """
-    device = next(model.parameters()).device
-    for clip in clips.sample(count, seed):
-        t, h, w = (
-            size // factor * factor for size, factor in zip(clip.shape[:3], FACTORS, strict=True)
-        )
-        yield to_video(torch.from_numpy(clip[None, :t, :h, :w]).to(device))
-
-
 def finish(
     run: Run,
     train: Clips,
@@ -516,11 +362,6 @@ def common_crop(train: Clips, config: AutoencoderTrainConfig) -> tuple[int, int]
     return rows, columns
 
 
-def to_video(frames: Tensor) -> Tensor:
-    """`uint8 [b, t, h, w, 3]` to float32 `[b, t, 3, h, w]` in -1...1."""
-    return frames.permute(0, 1, 4, 2, 3).float() / 127.5 - 1.0
-
-
 def posterior_noise(shape: torch.Size, seed: int, step: int) -> Tensor:
     """Unit Gaussian noise `[b, f, C, h, w]`; each sample's is decided by (seed, step, index)."""
     samples = []
@@ -536,11 +377,6 @@ def posterior_noise(shape: torch.Size, seed: int, step: int) -> Tensor:
 def saved_checkpoints(checkpoints: Path) -> list[Path]:
     """Complete checkpoints, oldest first."""
     return sorted(p for p in checkpoints.glob("step-*") if p.suffix != ".partial")
-
-
-def mixed_precision(device: torch.device) -> torch.autocast:
-    """bfloat16 on CUDA, float32 on the CPU."""
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda")
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from jobs.config import available_presets
 
 CONFIGURATIONS = {
     "ingest": ("pipeline.config", "IngestConfig"),
-    "autoencoder": ("training.autoencoder", "AutoencoderTrainConfig"),
+    "autoencoder": ("training.autoencoder_config", "AutoencoderTrainConfig"),
     "train": ("training.config", "TrainConfig"),
     "distill": ("distillation.config", "DistillConfig"),
 }

@@ -18,14 +18,10 @@ from pipeline.select import split_of
 from streamdit.autoencoder import CausalAutoencoderConfig, load_autoencoder
 from streamdit.autoencoder.io import read_record
 from streamdit.errors import UserError
-from training.autoencoder import (
-    AutoencoderLossConfig,
-    AutoencoderTrainConfig,
-    autoencoder_loss,
-    posterior_noise,
-    train_autoencoder,
-)
+from training.autoencoder import posterior_noise, train_autoencoder
 from training.autoencoder_clips import batches, open_clips
+from training.autoencoder_config import AutoencoderLossConfig, AutoencoderTrainConfig
+from training.autoencoder_quality import autoencoder_loss
 
 FRAMES, SIDE, FPS = 8, 32, 8
 SHARE = 0.3

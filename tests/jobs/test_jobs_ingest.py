@@ -20,7 +20,7 @@ from pipeline.dead_letters import DeadLetter, write_dead_letters
 from pipeline.schema import load_manifest
 from streamdit.autoencoder import CausalAutoencoder, CausalAutoencoderConfig, save_autoencoder
 from streamdit.errors import UserError
-from training.autoencoder import AutoencoderTrainConfig
+from training.autoencoder_config import AutoencoderTrainConfig
 from training.config import TrackingConfig
 
 
