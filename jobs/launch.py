@@ -67,7 +67,7 @@ def say_once(message: str) -> None:
 def catch_up(job: TrainJob) -> None:
     """Send what a finished run could not send to its tracking server, if anything."""
     if is_main_process() and (left := send_left(job)):
-        say(f"{job.run_name}: MLflow is away; {left} unsent records wait in {job.out}")
+        say(f"{job.run_name}: MLflow is away; records not sent yet: {left}, in {job.out}")
 
 
 def _with_pinned_store(config: RunConfig) -> RunConfig:

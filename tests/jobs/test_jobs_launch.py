@@ -211,7 +211,7 @@ def test_records_that_a_finished_run_left_behind_are_sent_by_the_same_command(
         impatient.setattr("training.outbox.CLOSE_WAIT_S", 0.2)
         away = {"uri": f"http://127.0.0.1:{free_port()}"}
         launch(tiny_job(dataset, out, steps=1, tracking=away))
-    assert f"train: MLflow is away; 2 unsent records wait in {out}" in capsys.readouterr().err
+    assert f"train: MLflow is away; records not sent yet: 2, in {out}" in capsys.readouterr().err
     assert all(len(outbox.read_text().splitlines()) == 1 for outbox in outboxes)
 
     assert launch(tiny_job(dataset, out, steps=1)) == out / "model"
