@@ -44,7 +44,7 @@ TIMED_FRAMES = 64
 class SpriteBenchConfig(StrictModel):
     """Size of the benchmark; presets are `configs/bench/*.yaml`."""
 
-    base: str = "demo"
+    models: str = "demo"
     """Preset of every stage that makes the models."""
     changes: tuple[str, ...] = ()
     """Settings of the stages over it, `dotted.key=value` each."""
@@ -124,7 +124,7 @@ def _make_models(
     settings = load_config(
         DemoSettings,
         stage="demo",
-        preset=bench.base,
+        preset=bench.models,
         overrides=[*bench.changes, *overrides],
         sections=sections,
     )

@@ -128,6 +128,7 @@ def read_preset(stage: str, preset: str) -> DictConfig:
     base = values.pop("base", None)
     if base is None:
         return values
+    assert base != preset, f"preset {stage}/{preset} names itself as its base"
     merged = read_preset(stage, base)
     merged.merge_with(values)
     return merged
