@@ -7,6 +7,7 @@ import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from streamdit.errors import UserError
 
@@ -32,11 +33,11 @@ def ray_runtime(address: str | None = None) -> Iterator[None]:
     try:
         _check_listening(where)
         ray.init(
-            address=address,
+            address=where or "local",
             log_to_driver=False,
             logging_level=logging.ERROR,
             configure_logging=True,
-            include_dashboard=False if address is None else None,
+            **({} if where else _without_dashboard()),
         )
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
@@ -48,6 +49,18 @@ def ray_runtime(address: str | None = None) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _without_dashboard() -> dict[str, Any]:
+    """No dashboard, and no trust in that of another Ray on this machine.
+
+    Even without one, Ray Train asks the port it would have whether the run still has a controller:
+    on the default port, the dashboard of another Ray answers that it has not, and the workers are
+    taken away.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return {"include_dashboard": False, "dashboard_port": probe.getsockname()[1]}
 
 
 def _check_listening(address: str) -> None:

@@ -107,9 +107,10 @@ def two_nodes(monkeypatch):
     here = Path(__file__).parent
     paths = [str(here.parents[1]), str(here.parent), str(here)]
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths))
-    cluster = Cluster()
-    for _ in range(2):
-        cluster.add_node(num_cpus=1, object_store_memory=100 << 20)
+    # Without a dashboard of its own, at a port where no other Ray's answers for it.
+    head = {"num_cpus": 1, "object_store_memory": 100 << 20, "dashboard_port": free_port()}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
+    cluster.add_node(num_cpus=1, object_store_memory=100 << 20)
     try:
         yield cluster.address, {node.node_id for node in cluster.list_all_nodes()}
     finally:
@@ -221,3 +222,16 @@ def test_records_that_a_finished_run_left_behind_are_sent_by_the_same_command(
     assert (found.data.metrics["late_0"], found.data.metrics["late_1"]) == (1.5, 2.5)
     assert found.info.status == "FINISHED"
     assert not any(outbox.exists() for outbox in outboxes)
+
+
+def test_runtime_of_our_own_does_not_listen_to_the_dashboard_of_another():
+    import ray
+    from ray._private import ray_constants
+
+    if ray.is_initialized() or os.environ.get("RAY_ADDRESS"):
+        pytest.skip("there is a Ray runtime already, which would be used")
+    with ray_runtime():
+        kept = ray._private.worker.global_worker.gcs_client.internal_kv_get(
+            ray_constants.DASHBOARD_ADDRESS.encode(), ray_constants.KV_NAMESPACE_DASHBOARD
+        )
+    assert kept.decode().rpartition(":")[2] != str(ray_constants.DEFAULT_DASHBOARD_PORT)
