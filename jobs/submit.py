@@ -205,7 +205,7 @@ def _paths(parser: Any, context: Any) -> Iterator[tuple[str, str]]:
         if not value or parameter.name in ("config", "tracking_directory"):
             continue
         name = parameter.opts[0] if parameter.opts[0].startswith("-") else parameter.name
-        if isinstance(value, Path) or parameter.name == "out":
+        if isinstance(value, Path) or parameter.name in ("dataset", "out"):
             yield name, str(value)
         elif parameter.name == "data":  # of a recipe: NAME=DIR
             yield from ((name, word.partition("=")[2]) for word in value)

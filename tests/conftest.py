@@ -8,8 +8,9 @@ import pytest
 
 
 @pytest.fixture(autouse=True)
-def _no_tracking_store_left_behind(monkeypatch):
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+def _no_tracking_store_left_behind():
+    # Not by monkeypatch, which would put back what a module's fixture left.
+    os.environ.pop("MLFLOW_TRACKING_URI", None)
     yield
     # Choosing a store sets it for the whole process, in the environment too.
     if "mlflow" in sys.modules:
