@@ -22,10 +22,11 @@ import torch
 from made_up_run import make_job, make_run
 
 from streamdit.model import build_dit
-from training.data import Batch, sample_generator
+from training.data import Batch
 from training.engine import World, build_engine, join_world
 from training.job import TrainJob
 from training.objective import make_flow_matching, stack_draws
+from training.order import sample_generator
 from training.run import Run
 from training.stop import StopRequest
 
