@@ -30,7 +30,7 @@ from jobs.console import progress, say
 from jobs.evaluate import stream_batch
 from jobs.options import ConfigFile, Overrides
 from jobs.runtime import ray_runtime
-from jobs.sprite_models import STAGES, StageClock, make_sprite_models
+from jobs.sprite_models import SpriteModels, StageClock, make_sprite_data, train_sprite_models
 from streamdit.config import SamplingConfig, StreamDiTConfig, StrictModel
 from streamdit.errors import UserError
 from streamdit.io import StreamingModel, read_model_config
@@ -57,7 +57,8 @@ class SpriteBenchConfig(StrictModel):
     drift_buffers: tuple[int, ...] = (1, 4, 16)
     """Buffer lengths after the start at which long streams are read again."""
     seeds: int = Field(default=3, gt=0)
-    """Seeds of the noise; each gives one value, intervals are over them."""
+    """Each gives one value, and intervals are over them: seeds of training, distillation and noise
+    where the models are made, of the noise alone where they are given."""
 
 
 @dataclass(frozen=True)
@@ -105,19 +106,20 @@ def command(
     out.mkdir(parents=True, exist_ok=True)
     with ray_runtime():
         if teacher is None or student is None:
-            teacher, student, world = _make_models(bench, stages, out)
+            pairs, world = _make_models(bench, stages, out)
         elif stages:
             raise UserError(f"{stages[0]} sets how models are made, but both models are given")
         else:
-            world = SpriteWorldConfig()
-        figures = measure(plan_systems(teacher, student), bench, world, out)
-    report(figures, bench, teacher, student, out)
+            pairs, world = [SpriteModels(teacher, student)], SpriteWorldConfig()
+        systems = [plan_systems(pair.teacher, pair.student) for pair in pairs]
+        figures = measure(systems * (bench.seeds // len(pairs)), bench, world, out)
+    report(figures, bench, pairs, out)
 
 
 def _make_models(
     bench: SpriteBenchConfig, overrides: Sequence[str], out: Path
-) -> tuple[Path, Path, SpriteWorldConfig]:
-    """Train the teacher and distil the student, unless that is done."""
+) -> tuple[list[SpriteModels], SpriteWorldConfig]:
+    """Train a teacher and distil a student with every seed, on one data set, unless that is done."""
     from jobs.demo import DemoSettings
 
     sections = ("ingest", "autoencoder", "train", "distill")
@@ -129,9 +131,13 @@ def _make_models(
         sections=sections,
     )
     tracking = TrackingConfig(directory=str(out / "mlflow"), experiment="streamdit-bench-sprites")
-    clock = StageClock(out / "stage-seconds.json")
-    models = make_sprite_models(settings, out, tracking, clock, STAGES)
-    return models.teacher, models.student, settings.world
+    clock = StageClock(out / "stage-seconds.json", stages=4 + 2 * bench.seeds)
+    data = make_sprite_data(settings, out, tracking, clock)
+    pairs = [
+        train_sprite_models(settings, data.dataset, out / f"seed-{seed}", tracking, clock, seed)
+        for seed in range(bench.seeds)
+    ]
+    return pairs, settings.world
 
 
 def plan_systems(teacher: Path, student: Path) -> list[System]:
@@ -172,9 +178,20 @@ def _steps(config: StreamDiTConfig, sampling: SamplingConfig) -> int:
 
 
 def measure(
-    systems: Sequence[System], bench: SpriteBenchConfig, world: SpriteWorldConfig, out: Path
+    by_seed: Sequence[Sequence[System]],
+    bench: SpriteBenchConfig,
+    world: SpriteWorldConfig,
+    out: Path,
 ) -> list[SystemFigures]:
-    """Figures of every system; videos are kept in `out` and made again only for other settings."""
+    """Figures of every system; videos are kept in `out` and made again only for other settings.
+
+    Args:
+        by_seed: for each seed the full teacher, the same at few steps, and the student.
+        bench: how much to measure.
+        world: whose held-out prompts are shown.
+        out: folder of the benchmark.
+    """
+    systems = by_seed[0]
     config = read_model_config(systems[0].model)
     fps = config.fps
     buffer = config.model.buffer_frames * config.autoencoder.temporal_factor
@@ -186,8 +203,8 @@ def measure(
     videos = {}
     wanted = [
         (system, seed, chosen, frames)
-        for system in systems
-        for seed in range(bench.seeds)
+        for seed, seeded in enumerate(by_seed)
+        for system in seeded
         for chosen, frames in ((short, bench.frames), (long, longest))
     ]
     with progress("videos", unit="sets") as shown:
@@ -196,9 +213,9 @@ def measure(
             videos[system.label, seed, frames] = _videos(system, seed, chosen, frames, out)
         shown(len(wanted), len(wanted), {})
     figures = []
-    costs = _costs(systems, short[0], bench.seeds, fps)
+    costs = _costs(systems, short[0], len(by_seed), fps)
     for system in systems:
-        seeds = range(bench.seeds)
+        seeds = range(len(by_seed))
         first = [videos[system.label, seed, bench.frames] for seed in seeds]
         ends = [videos[system.label, seed, longest] for seed in seeds]
         best = [videos[systems[0].label, seed, bench.frames] for seed in seeds]
@@ -310,14 +327,14 @@ def _time_stream(model: StreamingModel, system: System, prompt: SpritePrompt, fr
 def report(
     figures: Sequence[SystemFigures],
     bench: SpriteBenchConfig,
-    teacher: Path,
-    student: Path,
+    pairs: Sequence[SpriteModels],
     out: Path,
 ) -> None:
     """Write table, figures and plot, and show the table."""
+    kinds = "training, distillation and noise" if len(pairs) > 1 else "noise"
     about = (
         f"{bench.prompts} prompts whose combination training never showed, {bench.seeds} seeds of "
-        f"noise, {bench.frames} frames each; drift on {bench.drift_prompts} of the prompts. "
+        f"{kinds}, {bench.frames} frames each; drift on {bench.drift_prompts} of the prompts. "
         "Intervals are 95 % over the seeds (Student's t); systems share prompts and noise. Wall "
         "times are of one stream, the systems taking turns in one process."
     )
@@ -325,8 +342,13 @@ def report(
     (out / "report.md").write_text(f"# Sprite benchmark\n\n![](report.svg)\n\n{text}")
     record = {
         "settings": bench.model_dump(mode="json"),
-        "teacher": read_model_config(teacher).weights_sha256,
-        "student": read_model_config(student).weights_sha256,
+        "models": [
+            {
+                "teacher": read_model_config(pair.teacher).weights_sha256,
+                "student": read_model_config(pair.student).weights_sha256,
+            }
+            for pair in pairs
+        ],
         "systems": [one.model_dump(mode="json") for one in figures],
     }
     (out / "report.json").write_text(json.dumps(record, indent=2) + "\n")

@@ -21,7 +21,7 @@ from jobs.evaluate import ScoredVideo, cached_videos, generate_videos, score_vid
 from jobs.generate import PromptChange, stream_frames
 from jobs.options import ConfigFile, Overrides
 from jobs.runtime import ray_runtime
-from jobs.sprite_models import SpriteStages, StageClock, make_sprite_models
+from jobs.sprite_models import SpriteStages, StageClock, make_sprite_data, train_sprite_models
 from streamdit.config import SamplingConfig, StrictModel
 from streamdit.io import read_model_config
 from training.config import TrackingConfig
@@ -85,12 +85,13 @@ def command(
 def run_demo(settings: DemoSettings, out: Path) -> Path:
     """All stages in turn; returns the summary page."""
     out.mkdir(parents=True, exist_ok=True)
-    clock = StageClock(out / "stage-seconds.json")
+    clock = StageClock(out / "stage-seconds.json", stages=8)
     tracking = TrackingConfig(directory=str(out / "mlflow"), experiment="streamdit-demo")
-    models = make_sprite_models(settings, out, tracking, clock, stages=8)
-    with clock.stage("7/8 Score on prompts never trained on"):
+    data = make_sprite_data(settings, out, tracking, clock)
+    models = train_sprite_models(settings, data.dataset, out, tracking, clock)
+    with clock.stage("Score on prompts never trained on"):
         systems = score_systems(settings, models.teacher, models.student, out)
-    with clock.stage("8/8 Register and stream"):
+    with clock.stage("Register and stream"):
         scores = {k: v for k, v in systems[-1].summary.items() if k != "count"}
         registered = registered_once(models.student, settings, tracking, scores)
         stream_video, stream_seconds = stream_registered(registered, settings, out)
@@ -107,9 +108,9 @@ def run_demo(settings: DemoSettings, out: Path) -> Path:
     page = write_page(
         out,
         DemoResults(
-            videos=models.videos,
-            curated=models.curated,
-            autoencoder=models.autoencoder,
+            videos=data.videos,
+            curated=data.curated,
+            autoencoder=data.autoencoder,
             systems=systems,
             registered=registered,
             stream=stream_video,

@@ -25,8 +25,6 @@ from streamdit.config import StrictModel
 from training.autoencoder_config import AutoencoderTrainConfig
 from training.config import TrackingConfig, TrainConfig
 
-STAGES = 6
-
 
 class SpriteStages(StrictModel):
     """Settings of the world and of every stage on the way to a student."""
@@ -44,33 +42,49 @@ class SpriteStages(StrictModel):
 
 
 @dataclass(frozen=True)
-class SpriteModels:
-    """What the stages made."""
+class SpriteData:
+    """The world, ready for training."""
 
     videos: list[Path]
     curated: Any
     autoencoder: Any
+    dataset: Path
+
+
+@dataclass(frozen=True)
+class SpriteModels:
+    """Model directories of a teacher and its student."""
+
     teacher: Path
     student: Path
 
 
 class StageClock:
-    """Seconds of work per stage, kept on disk, so that interrupted work adds them up."""
+    """Numbers the stages and measures their work; kept on disk, so that interrupted work adds up.
 
-    def __init__(self, path: Path) -> None:
+    Args:
+        path: where seconds by stage are kept.
+        stages: how many there will be.
+    """
+
+    def __init__(self, path: Path, stages: int) -> None:
         self.path = path
+        self.stages = stages
+        self.begun = 0
         self.seconds: dict[str, float] = json.loads(path.read_text()) if path.is_file() else {}
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Announce a stage and measure it."""
-        console.rule(f"[bold]{name}", align="left")
+        self.begun += 1
+        title = f"{self.begun}/{self.stages} {name}"
+        console.rule(f"[bold]{title}", align="left")
         started = time.monotonic()
         try:
             yield
         finally:
             spent = time.monotonic() - started
-            self.seconds[name] = self.seconds.get(name, 0.0) + spent
+            self.seconds[title] = self.seconds.get(title, 0.0) + spent
             self.path.write_text(json.dumps(self.seconds, indent=2) + "\n")
 
     @property
@@ -79,30 +93,53 @@ class StageClock:
         return sum(self.seconds.values())
 
 
-def make_sprite_models(
-    settings: SpriteStages, out: Path, tracking: TrackingConfig, clock: StageClock, stages: int
-) -> SpriteModels:
-    """Run the first :data:`STAGES` of `stages` stages; finished ones are not done again."""
+def make_sprite_data(
+    settings: SpriteStages, out: Path, tracking: TrackingConfig, clock: StageClock
+) -> SpriteData:
+    """Four stages, from nothing to an encoded data set; finished ones are not done again."""
     dataset = out / "dataset"
-    train = settings.train.model_copy(update={"tracking": tracking})
-    distill = settings.distill.model_copy(update={"tracking": tracking})
-
-    with clock.stage(f"1/{stages} Make the sprite world"), progress("videos", unit="videos") as on:
+    with clock.stage("Make the sprite world"), progress("videos", unit="videos") as on:
         videos = make_world(out / "world", settings.world, lambda done, total: on(done, total, {}))
-    with clock.stage(f"2/{stages} Curate and annotate"):
+    with clock.stage("Curate and annotate"):
         with progress("curate") as shown:
             curated = curate([str(out / "world")], dataset, settings.ingest, shown, replace=True)
         with progress("annotate") as shown:
             annotate(dataset, settings.ingest, shown)
         say(f"{curated.sources} videos, {curated.clips} clips, {curated.dead} dead inputs")
-    with clock.stage(f"3/{stages} Train the autoencoder"):
+    with clock.stage("Train the autoencoder"):
         autoencoder = train_tracked(dataset, out / "autoencoder", settings.autoencoder, tracking)
-    with clock.stage(f"4/{stages} Encode latents"), progress("encode") as shown:
+    with clock.stage("Encode latents"), progress("encode") as shown:
         encode(dataset, str(out / "autoencoder"), settings.ingest, shown, replace=True)
-    with clock.stage(f"5/{stages} Train StreamDiT"):
-        teacher = launch(training_job(train, dataset, out / "teacher", name="teacher"))
-    with clock.stage(f"6/{stages} Distil"):
+    return SpriteData(videos, curated, autoencoder, dataset)
+
+
+def train_sprite_models(
+    settings: SpriteStages,
+    dataset: Path,
+    out: Path,
+    tracking: TrackingConfig,
+    clock: StageClock,
+    seed: int | None = None,
+) -> SpriteModels:
+    """Two stages: the teacher and its student in `out`; finished ones are not done again.
+
+    Args:
+        settings: of all stages.
+        dataset: what :func:`make_sprite_data` made.
+        out: where the runs go.
+        tracking: where they are tracked.
+        clock: of all stages.
+        seed: added to the seeds of both trainings, and named in the titles; none leaves them alone.
+    """
+    suffix, named = ("", "") if seed is None else (f"-seed-{seed}", f", seed {seed}")
+    train, distill = (
+        config.model_copy(update={"tracking": tracking, "seed": config.seed + (seed or 0)})
+        for config in (settings.train, settings.distill)
+    )
+    with clock.stage(f"Train StreamDiT{named}"):
+        teacher = launch(training_job(train, dataset, out / "teacher", name=f"teacher{suffix}"))
+    with clock.stage(f"Distil{named}"):
         student = launch(
-            distillation_job(distill, dataset, teacher, out / "student", name="student")
+            distillation_job(distill, dataset, teacher, out / "student", name=f"student{suffix}")
         )
-    return SpriteModels(videos, curated, autoencoder, teacher, student)
+    return SpriteModels(teacher, student)

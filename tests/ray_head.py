@@ -7,6 +7,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
 import urllib.error
 import urllib.request
@@ -33,7 +34,14 @@ def ray_head(folder: Path, cpus: int = 2, agent_port: int | None = None) -> Iter
     temporary = Path("/tmp") / f"streamdit-ray-{dashboard}"
     process = subprocess.Popen(
         [
-            *("ray", "start", "--head", "--block", "--disable-usage-stats"),
+            # Beside this Python: its environment need not be on the PATH.
+            *(
+                Path(sys.executable).with_name("ray"),
+                "start",
+                "--head",
+                "--block",
+                "--disable-usage-stats",
+            ),
             *("--node-ip-address", "127.0.0.1", "--port", str(gcs)),
             *("--dashboard-host", "127.0.0.1", "--dashboard-port", str(dashboard)),
             *("--ray-client-server-port", str(client), "--num-cpus", str(cpus)),
