@@ -119,7 +119,7 @@ def command(
 def _make_models(
     bench: SpriteBenchConfig, overrides: Sequence[str], out: Path
 ) -> tuple[list[SpriteModels], SpriteWorldConfig]:
-    """Train a teacher and distil a student with every seed, on one data set, unless that is done."""
+    """A teacher and its student for every seed, on one data set; finished ones are kept."""
     from jobs.demo import DemoSettings
 
     sections = ("ingest", "autoencoder", "train", "distill")
