@@ -7,17 +7,20 @@ on a CUDA device it runs on a stream of its own while the denoiser takes its nex
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from streamdit.autoencoder.base import Autoencoder, DecoderState
 from streamdit.config import StrictModel
+from streamdit.model.compiling import allow_many_shapes
 
 
 class DecoderConfig(StrictModel):
@@ -33,6 +36,9 @@ class DecoderConfig(StrictModel):
     """Keep the channels of a voxel together in memory, which convolutions on GPUs prefer."""
     compile: bool = False
     """Compile the decoder with `torch.compile`; the first two chunks take minutes."""
+    cudnn_autotune: bool = False
+    """Let cuDNN time its convolutions at the first two chunks and keep the fastest; may take more
+    memory, and another run may keep others. Without effect on a CPU."""
 
 
 @dataclass
@@ -65,17 +71,12 @@ class ChunkDecoder:
         self, autoencoder: Autoencoder, device: torch.device, config: DecoderConfig | None = None
     ) -> None:
         config = config or DecoderConfig()
-        if config.bfloat16 or config.channels_last:
-            autoencoder = copy.deepcopy(autoencoder)
-        if config.bfloat16:
-            autoencoder = autoencoder.bfloat16()
-        if config.channels_last:
-            # The type stubs of PyTorch know the format for four dimensions only.
-            autoencoder = autoencoder.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
-        self._autoencoder = autoencoder
-        self._decode: Callable[..., tuple[Tensor, Any]] = autoencoder.decode
+        self._autoencoder = converted(autoencoder, config.bfloat16, config.channels_last)
+        self._decode: Callable[..., tuple[Tensor, Any]] = self._autoencoder.decode
         if config.compile:
-            self._decode = torch.compile(autoencoder.decode, dynamic=False)
+            allow_many_shapes()
+            self._decode = torch.compile(self._autoencoder.decode, dynamic=False)
+        self._autotune = config.cudnn_autotune
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._state: DecoderState = None
 
@@ -112,8 +113,56 @@ class ChunkDecoder:
 
     def _pixels(self, latents: Tensor) -> Tensor:
         raw = self._autoencoder.denormalise(latents)
-        frames, self._state = self._decode(raw, self._state)
+        with cudnn_autotuning(self._autotune):
+            frames, self._state = self._decode(raw, self._state)
         return to_pixels(frames[0])
+
+
+_CONVERTED: WeakKeyDictionary[Autoencoder, dict[tuple[bool, bool], Autoencoder]] = (
+    WeakKeyDictionary()
+)
+"""Copies of autoencoders, which all streams of a model share."""
+
+
+def converted(autoencoder: Autoencoder, bfloat16: bool, channels_last: bool) -> Autoencoder:
+    """A copy of `autoencoder` in another precision or memory layout, made once and kept with it.
+
+    Without either it is `autoencoder` itself.
+    """
+    if not (bfloat16 or channels_last):
+        return autoencoder
+    copies = _CONVERTED.setdefault(autoencoder, {})
+    key = bfloat16, channels_last
+    if key not in copies:
+        made = copy.deepcopy(autoencoder)
+        if bfloat16:
+            made = made.bfloat16()
+        if channels_last:
+            put_channels_last(made)
+        copies[key] = made
+    return copies[key]
+
+
+def put_channels_last(module: nn.Module) -> None:
+    """Lay the weights of convolutions out with their channels last, whether 2D or 3D.
+
+    `Module.to(memory_format=...)` takes one format for all and refuses a module with both.
+    """
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    for parameter in module.parameters():
+        if parameter.dim() in formats:
+            parameter.data = parameter.data.contiguous(memory_format=formats[parameter.dim()])
+
+
+@contextmanager
+def cudnn_autotuning(wanted: bool) -> Iterator[None]:
+    """Let cuDNN choose its convolutions by timing them; as it was for whatever comes after."""
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = before or wanted
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
 
 
 def to_pixels(frames: Tensor) -> Tensor:

@@ -292,11 +292,9 @@ class History:
 
     def prepend(self, x: Tensor, frames: int) -> Tensor:
         """`x [b, c, t, h, w]` with its `frames` past frames before it."""
-        if self._past is None:
-            past = x[:, :, :1].expand(-1, -1, frames, -1, -1)
-        else:
-            past = next(self._past).to(x)
-        x = torch.cat([past, x], dim=2)
+        # Repeated rather than expanded: the result has the memory layout that all parts share.
+        past = [x[:, :, :1]] * frames if self._past is None else [next(self._past).to(x)]
+        x = torch.cat([*past, x], dim=2)
         if self._keep:
             # A copy, since a view would hold the whole activation as long as the stream lives.
             self.kept.append(x[:, :, -frames:].clone())
@@ -312,10 +310,14 @@ def space_to_depth(x: Tensor, factors: Sequence[int]) -> Tensor:
 
 
 def depth_to_space(x: Tensor, factors: Sequence[int]) -> Tensor:
-    """The inverse of :func:`space_to_depth`."""
+    """The inverse of :func:`space_to_depth`; keeps the channels last in memory where they are."""
     b, _, t, h, w = x.shape
     pt, ph, pw = factors
+    channels_last = x.is_contiguous(memory_format=torch.channels_last_3d)
     x = x.reshape(b, -1, pt, ph, pw, t, h, w)
+    if channels_last:
+        x = x.permute(0, 5, 2, 6, 3, 7, 4, 1).reshape(b, t * pt, h * ph, w * pw, -1)
+        return x.movedim(-1, 1)
     return x.permute(0, 1, 5, 2, 6, 3, 7, 4).reshape(b, -1, t * pt, h * ph, w * pw)
 
 

@@ -38,6 +38,10 @@ class TextMemory:
     value: Tensor
     mask: Tensor | None
 
+    def attend(self, query: Tensor) -> Tensor:
+        """Attention of `query [b, heads, l, d / heads]` to the text, same shape."""
+        return attention(query, self.key, self.value, self.mask)
+
 
 @dataclass(frozen=True)
 class WindowContext:
@@ -124,8 +128,7 @@ class CrossAttention(nn.Module):
     def forward(self, x: Tensor, text: TextMemory) -> Tensor:
         """`[b, f, n, d]` to `[b, f, n, d]`."""
         query = self.query(self.to_query(x.flatten(1, 2)))
-        attended = attention(query, text.key, text.value, text.mask)
-        output: Tensor = self.output(attended.transpose(1, 2).flatten(2))
+        output: Tensor = self.output(text.attend(query).transpose(1, 2).flatten(2))
         return output.unflatten(1, x.shape[1:3])
 
 

@@ -18,6 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from streamdit.config import StrictModel
 from streamdit.errors import UserError
 from streamdit.model.block import Block, TextMemory, WindowContext
+from streamdit.model.compiling import allow_many_shapes
 from streamdit.model.dit import StreamDiT
 from streamdit.model.prepared import Signals, TextMemories
 from streamdit.model.quantise import with_float8_linears
@@ -52,10 +53,12 @@ class FastConfig(StrictModel):
     """Attention kernel to prefer: PyTorch's own choice, FlashAttention, or cuDNN's."""
     float8: bool = False
     """Multiply in e4m3 inside the blocks (:mod:`streamdit.model.quantise`); needs a GPU of compute
-    capability 8.9 or more to be fast. Changes the velocity by a few per cent."""
+    capability 8.9 or more to be fast. Changes the velocity by less than
+    :data:`streamdit.model.quantise.ERROR_BOUND` of its norm."""
     text_tokens: int | None = Field(default=None, gt=0)
     """Text tokens that compiled or captured steps make room for; default: the most that the text
-    encoders give. Fewer save work where prompts are short."""
+    encoders give. Fewer save memory, and work where padding is computed too: on CPUs, in float32,
+    and before PyTorch 2.10."""
 
     @property
     def static_text(self) -> bool:
@@ -151,6 +154,7 @@ class FastVelocity:
 
 def compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """`function` compiled for fixed shapes; compiled once for all modules that are built alike."""
+    allow_many_shapes()
     return torch.compile(function, fullgraph=True, dynamic=False, mode="max-autotune-no-cudagraphs")
 
 
@@ -217,8 +221,9 @@ class StepGraph:
                 self._function(self._latents)
         current.wait_stream(side)
         graph = torch.cuda.CUDAGraph()
+        # PyTorch's own stream for captures lies on whichever device was captured on first.
         # Other threads, such as one that encodes a prompt, may use the device meanwhile.
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
             self._result = self._function(self._latents)
         return graph
 

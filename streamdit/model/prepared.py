@@ -7,6 +7,7 @@ prompt overwrites in place: compiled code and captured CUDA graphs that read the
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -15,6 +16,10 @@ from torch import Tensor
 from streamdit.errors import UserError
 from streamdit.model.block import Block, TextContext, TextMemory
 from streamdit.model.dit import StreamDiT
+from streamdit.model.packed import PackedText, can_pack
+
+ALIGNMENT = 64
+"""Padded text is a multiple of this many tokens long, which attention kernels ask of masks."""
 
 
 def blocks_of(model: StreamDiT) -> list[Block]:
@@ -74,53 +79,80 @@ class Signals:
         self._row = row
 
 
+@dataclass(frozen=True)
+class PaddedText:
+    """Keys and values of all blocks, `[depth, b, heads, l, d / heads]`, and the mask of padding."""
+
+    key: Tensor
+    value: Tensor
+    mask: Tensor | None
+
+    @classmethod
+    def buffers(cls, room: Tensor, capacity: int) -> PaddedText:
+        """Buffers that every prompt overwrites; shaped like the keys `room` but for l."""
+        capacity = -(-capacity // ALIGNMENT) * ALIGNMENT
+        shape = (*room.shape[:3], capacity, room.shape[4])
+        mask = torch.zeros(room.shape[1], 1, 1, capacity, dtype=torch.bool, device=room.device)
+        return cls(room.new_zeros(shape), room.new_zeros(shape), mask)
+
+    def set(self, key: Tensor, value: Tensor, mask: Tensor | None) -> None:
+        """Overwrite the buffers."""
+        assert self.mask is not None
+        tokens = key.shape[3]
+        self.key[..., :tokens, :] = key
+        self.value[..., :tokens, :] = value
+        self.mask[..., :tokens] = True if mask is None else mask
+        self.mask[..., tokens:] = False
+
+    def of_block(self, index: int) -> TextMemory:
+        """The memory of block `index`."""
+        return TextMemory(self.key[index], self.value[index], self.mask)
+
+
 class TextMemories:
     """Keys and values of the prompts in force, for every block's text attention.
 
+    Padding is left out where the device can do without (:mod:`streamdit.model.packed`), and masked
+    elsewhere.
+
     Args:
         model: whose text attention it is.
-        capacity: tokens that the buffers hold, for code that needs them to stay in place; what a
-            prompt does not use is masked. None: as many as the prompt has.
+        capacity: tokens of a prompt that there is room for, for code that needs the buffers to
+            stay in place. None: as many as the prompt has.
     """
 
     def __init__(self, model: StreamDiT, capacity: int | None = None) -> None:
         self._model = model
         self._capacity = capacity
-        self._key: Tensor | None = None
-        self._value: Tensor | None = None
-        self._mask: Tensor | None = None
+        self._text: PaddedText | PackedText | None = None
 
     def set(self, text: TextContext) -> None:
         """Overwrite the buffers by the memories of `text`.
 
         Raises:
-            UserError: if the prompt has more tokens than the buffers.
+            UserError: if the prompt has more tokens than there is room for.
         """
         memories = [block.text_attention.remember(text) for block in blocks_of(self._model)]
         key = torch.stack([memory.key for memory in memories])
         value = torch.stack([memory.value for memory in memories])
-        if self._capacity is None:
-            self._key, self._value, self._mask = key, value, text.mask
-            return
         tokens = key.shape[3]
-        if tokens > self._capacity:
+        packs = can_pack(key.device, key.dtype, key.shape[4])
+        if self._capacity is None:
+            if text.mask is None or not packs:
+                self._text = PaddedText(key, value, text.mask)
+                return
+            self._text = PackedText(key, tokens)
+        elif tokens > self._capacity:
             raise UserError(
                 f"the prompt has {tokens} text tokens but the stream keeps room for "
                 f"{self._capacity}; shorten it, or raise text_tokens in the stream's FastConfig"
             )
-        if self._key is None or self._value is None or self._mask is None:
-            room = (*key.shape[:3], self._capacity, key.shape[4])
-            self._key, self._value = key.new_zeros(room), value.new_zeros(room)
-            self._mask = torch.zeros(
-                key.shape[1], 1, 1, self._capacity, dtype=torch.bool, device=key.device
-            )
-        self._key[..., :tokens, :] = key
-        self._value[..., :tokens, :] = value
-        self._mask[..., :tokens] = True if text.mask is None else text.mask
-        self._mask[..., tokens:] = False
+        elif self._text is None:
+            buffers = PackedText if packs else PaddedText.buffers
+            self._text = buffers(key, self._capacity)
+        self._text.set(key, value, text.mask)
 
     def of_block(self, index: int) -> TextMemory:
         """The memory of block `index`."""
-        assert self._key is not None, "set comes before the first step"
-        assert self._value is not None
-        return TextMemory(self._key[index], self._value[index], self._mask)
+        assert self._text is not None, "set comes before the first step"
+        return self._text.of_block(index)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,10 @@ from streamdit.model.dit import StreamDiT
 
 FLOAT8 = torch.float8_e4m3fn
 LARGEST = torch.finfo(FLOAT8).max
+
+ERROR_BOUND = 0.08
+"""Most by which a velocity may differ, relative to its norm. Three bits of mantissa are 4 % of a
+number; products average over many, and layers add up."""
 
 TOKEN_LAYERS = (
     "attention.qkv",
@@ -70,12 +75,21 @@ class Float8Linear(nn.Module):
         return output.unflatten(0, x.shape[:-1])
 
 
+_ROUNDED: WeakKeyDictionary[StreamDiT, StreamDiT] = WeakKeyDictionary()
+
+
 def with_float8_linears(model: StreamDiT) -> StreamDiT:
     """A model that shares all weights with `model`, except that its blocks multiply in e4m3.
 
     Layers that see time, text or latents, where rounding costs most and work is least, stay as
-    they are.
+    they are. Made once and kept with `model`, whose weights must not change any more.
     """
+    if model not in _ROUNDED:
+        _ROUNDED[model] = _with_float8_linears(model)
+    return _ROUNDED[model]
+
+
+def _with_float8_linears(model: StreamDiT) -> StreamDiT:
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     model = copy.deepcopy(model, shared)
     for block in model.blocks:
