@@ -17,8 +17,23 @@ from rich.table import Table
 from rich.text import Text
 
 from jobs import bench_sprites
-from jobs.bench_rows import Row, measure_decoding, measure_steps, measure_streams
-from jobs.bench_subject import load_subject, random_subject
+from jobs.bench_rows import (
+    ROUNDS,
+    SECONDS,
+    Effort,
+    Measured,
+    Row,
+    measure_decoding,
+    measure_steps,
+    measure_streams,
+)
+from jobs.bench_subject import (
+    DecodingSubject,
+    load_decoding,
+    load_subject,
+    random_decoding,
+    random_subject,
+)
 from jobs.console import format_bytes, format_flops, format_parameters, say
 from jobs.errors import JobCommand
 from streamdit.autoencoder.io import read_record
@@ -49,10 +64,31 @@ AutoencoderName = Annotated[
     typer.Option("--autoencoder", metavar="NAME", help="Autoencoder preset, or `wan`."),
 ]
 TextTokens = Annotated[
-    int, typer.Option("--text-tokens", min=2, help="Tokens of a prompt, per text encoder.")
+    int | None,
+    typer.Option(
+        "--text-tokens",
+        min=2,
+        help="Tokens of a prompt, per text encoder; default: the most that each encoder gives.",
+    ),
 ]
 Rounds = Annotated[
-    int, typer.Option("--rounds", min=1, help="Timed rounds; each runs every variant once.")
+    int | None,
+    typer.Option(
+        "--rounds",
+        min=1,
+        help="Timed rounds; each runs every variant once.",
+        show_default=f"{ROUNDS}, or what fits in {SECONDS:g} s",
+    ),
+]
+Sustained = Annotated[
+    float | None,
+    typer.Option(
+        "--sustained",
+        min=0.0,
+        metavar="SECONDS",
+        help="How long the fastest variant runs alone at the end.",
+        show_default="20 on CUDA, else 0",
+    ),
 ]
 WithCompile = Annotated[
     bool | None,
@@ -78,8 +114,9 @@ def step(
     model: Model = None,
     device: DeviceName = None,
     dtype: Precision = None,
-    text_tokens: TextTokens = 64,
-    rounds: Rounds = 30,
+    text_tokens: TextTokens = None,
+    rounds: Rounds = None,
+    sustained: Sustained = None,
     compiled: WithCompile = None,
     json_file: JsonFile = None,
 ) -> None:
@@ -89,7 +126,8 @@ def step(
     as its configuration says.
     """
     subject = _subject(preset, model, device, dtype, None, text_tokens)
-    _report("step", subject, model or preset, measure_steps(subject, rounds, compiled), json_file)
+    measured = measure_steps(subject, _effort(subject.device, rounds, sustained, compiled))
+    _report("step", _stream_facts(subject, preset, model), measured, json_file)
 
 
 @command.command("decode", cls=JobCommand)
@@ -98,14 +136,18 @@ def decode(
     model: Model = None,
     device: DeviceName = None,
     autoencoder: AutoencoderName = None,
-    rounds: Rounds = 30,
+    rounds: Rounds = None,
     compiled: WithCompile = None,
     json_file: JsonFile = None,
 ) -> None:
-    """Time the decoding of a chunk."""
-    subject = _subject(preset, model, device, None, autoencoder, 2)
-    rows = measure_decoding(subject, rounds, compiled)
-    _report("decode", subject, model or preset, rows, json_file)
+    """Time the decoding of a chunk; the transformer is not loaded."""
+    chosen = _device(device)
+    if model is not None:
+        subject = load_decoding(model, chosen)
+    else:
+        subject = random_decoding(preset, autoencoder, chosen)
+    measured = measure_decoding(subject, _effort(chosen, rounds, 0.0, compiled))
+    _report("decode", _decoding_facts(subject, preset, model), measured, json_file)
 
 
 @command.command("stream", cls=JobCommand)
@@ -115,52 +157,57 @@ def stream(
     device: DeviceName = None,
     dtype: Precision = None,
     autoencoder: AutoencoderName = None,
-    text_tokens: TextTokens = 64,
-    rounds: Rounds = 30,
+    text_tokens: TextTokens = None,
+    rounds: Rounds = None,
+    sustained: Sustained = None,
     compiled: WithCompile = None,
     json_file: JsonFile = None,
 ) -> None:
     """Time whole chunks: denoising, decoding and the way to the host."""
     subject = _subject(preset, model, device, dtype, autoencoder, text_tokens)
-    rows = measure_streams(subject, rounds, compiled)
-    _report("stream", subject, model or preset, rows, json_file)
+    measured = measure_streams(subject, _effort(subject.device, rounds, sustained, compiled))
+    _report("stream", _stream_facts(subject, preset, model), measured, json_file)
 
 
-def _report(
-    what: str, subject: StreamingModel, source: str, rows: list[Row], json_file: Path | None
-) -> None:
-    facts = _facts(subject, source)
+def _effort(
+    device: torch.device, rounds: int | None, sustained: float | None, compiled: bool | None
+) -> Effort:
+    cuda = device.type == "cuda"
+    seconds = (20.0 if cuda else 0.0) if sustained is None else sustained
+    return Effort(rounds, seconds, cuda if compiled is None else compiled)
+
+
+def _report(what: str, facts: dict[str, Any], measured: Measured, json_file: Path | None) -> None:
     out = Console(highlight=False)
     if not out.is_terminal:
         out.width = WIDTH
-    out.print(Text(f"bench {what}: {source}", style="bold"))
+    out.print(Text(f"bench {what}: {facts['source']}", style="bold"))
     for line in _headlines(facts):
         out.print(Text(line))
-    out.print(_table(rows))
+    out.print(_table(measured.rows))
+    ratios = ", ".join(f"{name} {ratio:.3g}" for name, ratio in measured.ratios.items())
+    out.print(Text(f"medians over the rounds: {ratios}"))
     if json_file is not None:
         json_file.parent.mkdir(parents=True, exist_ok=True)
-        content = {"command": what, **facts, "rows": [asdict(row) for row in rows]}
+        rows = [asdict(row) for row in measured.rows]
+        content = {"command": what, **facts, "ratios": measured.ratios, "rows": rows}
         json_file.write_text(json.dumps(content, indent=2) + "\n")
         say(f"figures: {json_file}")
 
 
-def _facts(subject: StreamingModel, source: str) -> dict[str, Any]:
-    """What was measured, and on what."""
-    config, device = subject.config, subject.device
-    bucket, scheme = config.model.buckets[0], subject.scheme()
-    factor = config.autoencoder.spatial_factor
+def _decoding_facts(subject: DecodingSubject, preset: str, model: str | None) -> dict[str, Any]:
+    """What is decoded, by what, and where."""
+    identity, device = subject.autoencoder.identity, subject.device
+    _, height, width = subject.latent_shape
     return {
-        "source": source,
-        "height": bucket.height * factor,
-        "width": bucket.width * factor,
-        "frames_per_chunk": subject.autoencoder.frames_for(scheme.c, first=False),
-        "parameters": sum(p.numel() for p in subject.model.parameters()),
-        "dtype": str(subject.model.patch_embedding.weight.dtype).removeprefix("torch."),
-        "autoencoder": config.autoencoder.kind,
+        "source": model or preset,
+        "height": height * identity.spatial_factor,
+        "width": width * identity.spatial_factor,
+        "frames_per_chunk": subject.autoencoder.frames_for(subject.chunk_frames, first=False),
+        "autoencoder": identity.kind,
         "autoencoder_parameters": sum(p.numel() for p in subject.autoencoder.parameters()),
-        "autoencoder_psnr": _psnr(source),
-        "scheme": {**vars(scheme), "guidance_scale": config.sampling.guidance_scale},
-        "text_tokens": subject.max_text_tokens,
+        "autoencoder_trained": model is not None,
+        "autoencoder_psnr": None if model is None else _psnr(model),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
         "machine": platform.machine(),
         "threads": torch.get_num_threads(),
@@ -168,33 +215,64 @@ def _facts(subject: StreamingModel, source: str) -> dict[str, Any]:
     }
 
 
-def _psnr(source: str) -> float | None:
+def _stream_facts(subject: StreamingModel, preset: str, model: str | None) -> dict[str, Any]:
+    """The same, and what denoises."""
+    scheme = subject.scheme()
+    decoding = DecodingSubject(subject.autoencoder, subject.latent_shape, scheme.c, subject.device)
+    return {
+        **_decoding_facts(decoding, preset, model),
+        "parameters": sum(p.numel() for p in subject.model.parameters()),
+        "dtype": str(subject.model.patch_embedding.weight.dtype).removeprefix("torch."),
+        "scheme": {**vars(scheme), "guidance_scale": subject.config.sampling.guidance_scale},
+        "text_tokens": subject.max_text_tokens,
+    }
+
+
+def _psnr(directory: str) -> float | None:
     """Decibels that the autoencoder of a model directory reached on clips kept from training."""
-    record = read_record(Path(source) / AUTOENCODER_FOLDER)
+    record = read_record(Path(directory) / AUTOENCODER_FOLDER)
     if record is None or record.training.get("psnr_split") != "held_out":
         return None
     return float(record.training["psnr"])
 
 
 def _headlines(facts: dict[str, Any]) -> list[str]:
-    scheme = facts["scheme"]
-    guidance = scheme["guidance_scale"]
-    steering = "no guidance" if guidance == 1.0 else f"guidance {guidance:g}"
-    psnr = facts["autoencoder_psnr"]
-    quality = "" if psnr is None else f", PSNR {psnr:.1f} dB"
     device = facts["device"]
     if device == "CPU":
         threads = facts["threads"]
         device = f"{threads} thread{'' if threads == 1 else 's'} of a CPU ({facts['machine']})"
-    return [
-        f"model       {format_parameters(facts['parameters'])} parameters in {facts['dtype']}; "
-        f"{facts['text_tokens']} text tokens",
-        f"video       {facts['height']}×{facts['width']}, {facts['frames_per_chunk']} frames a "
-        f"chunk; K={scheme['K']} N={scheme['N']} c={scheme['c']} s={scheme['s']}, {steering}",
+    lines = [
+        _video_line(facts),
         f"autoencoder {facts['autoencoder']}, "
-        f"{format_parameters(facts['autoencoder_parameters'])} parameters{quality}",
+        f"{format_parameters(facts['autoencoder_parameters'])} parameters, {_quality(facts)}",
         f"device      {device}, PyTorch {facts['torch']}",
     ]
+    if "parameters" in facts:
+        lines.insert(
+            0,
+            f"model       {format_parameters(facts['parameters'])} parameters in {facts['dtype']}; "
+            f"{facts['text_tokens']} text tokens",
+        )
+    return lines
+
+
+def _video_line(facts: dict[str, Any]) -> str:
+    size = f"{facts['height']}×{facts['width']}, {facts['frames_per_chunk']} frames a chunk"
+    if (scheme := facts.get("scheme")) is None:
+        return f"video       {size}"
+    guidance = scheme["guidance_scale"]
+    steering = "no guidance" if guidance == 1.0 else f"guidance {guidance:g}"
+    parts = " ".join(f"{name}={scheme[name]}" for name in ("K", "N", "c", "s"))
+    return f"video       {size}; {parts}, {steering}"
+
+
+def _quality(facts: dict[str, Any]) -> str:
+    """How well the decoder does its work, which its speed must be seen beside."""
+    if facts["autoencoder_psnr"] is not None:
+        return f"PSNR {facts['autoencoder_psnr']:.1f} dB"
+    if facts["autoencoder_trained"]:
+        return "PSNR on held-out clips not recorded"
+    return "random weights, so no PSNR (give --model for one)"
 
 
 def _table(rows: list[Row]) -> Table:
@@ -202,12 +280,16 @@ def _table(rows: list[Row]) -> Table:
     columns: list[tuple[str, list[str]]] = [
         ("p50 ms", [f"{row.p50_ms:.4g}" for row in rows]),
         ("p95 ms", [f"{row.p95_ms:.4g}" for row in rows]),
-        ("speed-up", [f"{row.versus_plain:.2f}×" if row.fps else "" for row in rows]),
+        (
+            "speed-up",
+            [_optional(row.versus_plain, "{:.2f}×".format) for row in rows],
+        ),
         ("FPS", [f"{row.fps:.4g}" if row.fps else "" for row in rows]),
         ("rate", [_optional(row.flops_per_second, _rate) for row in rows]),
         ("ceiling", [_optional(row.share_of_ceiling, "{:.0%}".format) for row in rows]),
         ("memory", [_optional(row.peak_bytes, format_bytes) for row in rows]),
         ("differs", [_optional(row.difference, _difference) for row in rows]),
+        ("verdict", [row.verdict or "" for row in rows]),
     ]
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("variant", no_wrap=True)
@@ -231,24 +313,34 @@ def _rate(flops_per_second: float) -> str:
     return f"{format_flops(flops_per_second)}/s"
 
 
+def _device(name: str | None) -> torch.device:
+    chosen = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"device {name} cannot be used: there is no CUDA device; try cpu")
+    return chosen
+
+
 def _subject(
     preset: str,
     model: str | None,
     device: str | None,
     dtype: str | None,
     autoencoder: str | None,
-    text_tokens: int,
+    text_tokens: int | None,
 ) -> StreamingModel:
-    chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if chosen.type == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"device {device} cannot be used: there is no CUDA device; try cpu")
+    chosen = _device(device)
     precisions = {"float32": torch.float32, "bfloat16": torch.bfloat16}
     name = dtype or ("bfloat16" if chosen.type == "cuda" else "float32")
     if name not in precisions:
         raise UserError(f"--dtype {name} is unknown; choose float32 or bfloat16")
-    if model is not None:
-        return load_subject(model, chosen, precisions[name])
-    return random_subject(preset, autoencoder, text_tokens, chosen, precisions[name])
+    if model is None:
+        return random_subject(preset, autoencoder, text_tokens, chosen, precisions[name])
+    if text_tokens is not None:
+        raise UserError(
+            "--text-tokens is for presets, but a trained model has its own text encoders; leave "
+            "it out"
+        )
+    return load_subject(model, chosen, precisions[name])
 
 
 command.command("sprites", cls=JobCommand)(bench_sprites.command)

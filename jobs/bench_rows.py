@@ -3,29 +3,75 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from jobs.bench_subject import prompt_of
+from jobs.bench_subject import DecodingSubject, full_attention, prompt_of
+from jobs.bench_variants import (
+    FLOAT8,
+    PLAIN,
+    capability_of,
+    decoder_variants,
+    step_variants,
+)
 from jobs.console import progress
-from jobs.measure import MemoryMeter, Timings, interleave, matmul_action
+from jobs.measure import (
+    MemoryMeter,
+    Timings,
+    float8_matmul_action,
+    interleave,
+    matmul_action,
+    sustain,
+    wait_for,
+)
 from streamdit.decoding import ChunkDecoder, DecoderConfig
 from streamdit.denoiser import Denoiser
 from streamdit.io import StreamingModel
-from streamdit.model.fast import FLOAT8_CAPABILITY, FastConfig
+from streamdit.model.fast import FastConfig
 from streamdit.model.flops import PER_PROMPT, PER_SCHEDULE, count_flops
+from streamdit.model.quantise import ERROR_BOUND
 from streamdit.stream import Stream
-
-PLAIN = "plain"
 
 CEILING = "matrix products alone"
 """Name of the bare matrix products that are timed beside the steps."""
 
+FLOAT8_CEILING = "e4m3 products alone"
+"""The same in e4m3, which only the float8 variant is measured against."""
+
+FULL_ATTENTION = "plain, full attention"
+"""The plain step of the same weights without windows."""
+
 BURST = 4
 """Chunks that a stream makes in one round: what it does ahead is then paid for in the round."""
+
+ROUNDS = 30
+SECONDS = 90.0
+"""How much is timed where nothing is asked for: this many rounds, or what fits in this time."""
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How long to measure.
+
+    Attributes:
+        rounds: timed rounds; None: :data:`ROUNDS`, or as many as fit in :data:`SECONDS`.
+        sustained: seconds for which the fastest variant runs alone at the end.
+        compiled: whether compiled variants are measured.
+    """
+
+    rounds: int | None = None
+    sustained: float = 0.0
+    compiled: bool = False
+
+    @property
+    def bounds(self) -> dict[str, Any]:
+        """As arguments of :func:`jobs.measure.interleave`. Every variant is warm by then."""
+        if self.rounds is not None:
+            return {"rounds": self.rounds, "warm_up": 1}
+        return {"rounds": ROUNDS, "warm_up": 1, "seconds": SECONDS}
 
 
 @dataclass(frozen=True)
@@ -36,106 +82,176 @@ class Row:
         variant: what was added last.
         p50_ms: median time of a step, a decoded chunk, or both.
         p95_ms: the time that 95 % stayed at or below.
-        versus_plain: median over the rounds of plain time by this time.
+        versus_plain: median over the rounds of plain time by this time; None for what ran alone,
+            and for what makes no frames.
         fps: video frames a second; None for what makes none.
         flops_per_second: operations a second; None where they are not counted.
-        share_of_ceiling: of the rate of bare matrix products in the same run.
-        peak_bytes: device memory that it takes beyond the weights; None on CPUs.
+        share_of_ceiling: of the rate of bare matrix products of the same kind in the same run.
+        peak_bytes: device memory that it takes beyond the weights once warm; None on CPUs.
         difference: relative difference of its result from plain.
+        verdict: whether a variant that rounds more is worth it.
     """
 
     variant: str
     p50_ms: float
     p95_ms: float
-    versus_plain: float
+    versus_plain: float | None
     fps: float | None
     flops_per_second: float | None = None
     share_of_ceiling: float | None = None
     peak_bytes: int | None = None
     difference: float | None = None
+    verdict: str | None = None
 
 
-def step_variants(device: torch.device, compiled: bool) -> dict[str, FastConfig | None]:
-    """Optimisations of a step, each on top of those before, as far as the device has them."""
-    variants: dict[str, FastConfig | None] = {
-        PLAIN: None,
-        "+ modulation table": FastConfig(text_memory=False),
-        "+ text memory": FastConfig(),
-    }
-    if compiled:
-        variants["+ compiled blocks"] = FastConfig(compile=True)
-    if device.type == "cuda":
-        graph = FastConfig(compile=compiled, cuda_graph=True)
-        variants["+ CUDA graph"] = graph
-        cudnn = graph.model_copy(update={"attention": "cudnn"})
-        variants["+ cuDNN attention"] = cudnn
-        if torch.cuda.get_device_capability(device) >= FLOAT8_CAPABILITY:
-            variants["+ float8"] = cudnn.model_copy(update={"float8": True})
-    return variants
+@dataclass(frozen=True)
+class Measured:
+    """A table, and ratios of times that stand for it: medians over the rounds."""
+
+    rows: list[Row]
+    ratios: dict[str, float] = field(default_factory=dict)
 
 
-def decoder_variants(device: torch.device, compiled: bool) -> dict[str, DecoderConfig]:
-    """Optimisations of the decoder, each on top of those before."""
-    bf16 = DecoderConfig(bfloat16=True, channels_last=True)
-    variants = {
-        PLAIN: DecoderConfig(),
-        "+ channels last": DecoderConfig(channels_last=True),
-        "+ bfloat16": bf16,
-    }
-    if compiled:
-        variants["+ compiled"] = bf16.model_copy(update={"compile": True})
-    return variants
-
-
-def measure_steps(subject: StreamingModel, rounds: int, compiled: bool | None) -> list[Row]:
+def measure_steps(subject: StreamingModel, effort: Effort) -> Measured:
     """Time :meth:`Denoiser.step` of a running stream, variant by variant.
 
     Differences are those of the first step's change to the buffer, which is the velocity times a
     constant.
     """
     device, sampling = subject.device, subject.config.sampling
-    prompt = prompt_of(max(encoder.max_tokens for encoder in subject.config.text_encoders))
-    scheme = subject.scheme()
-    denoisers: dict[str, Denoiser] = {}
-    peaks: dict[str, int | None] = {}
-    changes: dict[str, torch.Tensor] = {}
-    variants = step_variants(device, _compiled(compiled, device))
-    with progress("prepare", unit="variants") as on_progress:
-        for name, fast in variants.items():
-            with MemoryMeter(device) as meter:
-                denoiser = subject.denoiser([prompt], [0], fast=fast)
-                before = denoiser.buffer
-                denoiser.step()
-                changes[name] = (denoiser.buffer - before).cpu()
-                while denoiser.filling:
-                    denoiser.step()
-            denoisers[name], peaks[name] = denoiser, meter.peak_bytes
-            on_progress(len(denoisers), len(variants), {})
+    variants = step_variants(effort.compiled, capability_of(device))
+    runs: dict[str, tuple[StreamingModel, FastConfig | None]] = {
+        name: (subject, fast) for name, fast in variants.items()
+    }
+    if (whole := full_attention(subject)) is not None:
+        runs[FULL_ATTENTION] = whole, None
+    denoisers, changes, peaks = _running_denoisers(runs)
     evaluations = 1 if sampling.guidance_scale == 1.0 else 2
     dtype = subject.model.patch_embedding.weight.dtype
-    products, product_flops = matmul_action(_layer_shapes(subject, evaluations), device, dtype)
-    actions = {name: denoiser.step for name, denoiser in denoisers.items()}
+    shapes = _layer_shapes(subject, evaluations)
+    products = {CEILING: matmul_action(shapes, device, dtype)}
+    if FLOAT8 in variants:
+        products[FLOAT8_CEILING] = float8_matmul_action(shapes, device)
+    actions: dict[str, Callable[[], object]] = {
+        **{name: denoiser.step for name, denoiser in denoisers.items()},
+        **{name: action for name, (action, _) in products.items()},
+    }
     with progress("step", unit="rounds") as on_progress:
-        timings = interleave({**actions, CEILING: products}, device, rounds, on_progress)
-    ceiling = product_flops / timings[CEILING].percentile(50)
-    flops = count_flops(subject.config.model, text_tokens=_tokens_per_encoder(subject))
-    frames = subject.autoencoder.frames_for(scheme.c, first=False) / scheme.s
+        timings = interleave(actions, device, on_progress=on_progress, **effort.bounds)
+    ceilings = {name: count / timings[name].percentile(50) for name, (_, count) in products.items()}
+    frames = subject.autoencoder.frames_for(subject.scheme().c, first=False) / subject.scheme().s
+    bfloat16 = _fastest(timings, [name for name in variants if name != FLOAT8])
     rows = []
-    for name, fast in variants.items():
-        work = evaluations * _executed(flops, fast)
-        rate = work / timings[name].percentile(50)
+    for name, (run, fast) in runs.items():
+        flops = count_flops(run.config.model, text_tokens=_tokens_per_encoder(run))
+        rate = evaluations * _executed(flops, fast) / timings[name].percentile(50)
+        difference = None if run is whole else _relative(changes[name], changes[PLAIN])
+        verdict = None
+        if name == FLOAT8:
+            assert difference is not None
+            verdict = float8_verdict(timings[name], timings[bfloat16], difference)
         rows.append(
             _row(
                 name,
                 timings,
                 frames,
                 flops_per_second=1e3 * rate,
-                share_of_ceiling=rate / ceiling,
+                share_of_ceiling=rate / ceilings[FLOAT8_CEILING if name == FLOAT8 else CEILING],
                 peak_bytes=peaks[name],
-                difference=_relative(changes[name], changes[PLAIN]),
+                difference=difference,
+                verdict=verdict,
             )
         )
-    rows.append(_row(CEILING, timings, None, flops_per_second=1e3 * ceiling))
+    rows += [
+        _row(name, timings, None, flops_per_second=1e3 * rate) for name, rate in ceilings.items()
+    ]
+
+    def step(denoiser: Denoiser) -> Callable[[], object]:
+        return lambda: (denoiser.step(), wait_for(device))
+
+    alone = {name: step(denoisers[name]) for name in variants}
+    rows += _sustained(alone, timings, frames, device, effort.sustained)
+    ratios = _ratios(timings, list(variants))
+    if FULL_ATTENTION in runs:
+        ratios["windows ÷ full attention"] = timings[PLAIN].ratio_to(timings[FULL_ATTENTION])
+    return Measured(rows, ratios)
+
+
+def _running_denoisers(
+    runs: Mapping[str, tuple[StreamingModel, FastConfig | None]],
+) -> tuple[dict[str, Denoiser], dict[str, torch.Tensor], dict[str, int | None]]:
+    """Denoisers of running streams, what their first step changed, and the memory that they take.
+
+    All run on from the buffer that the first one filled.
+    """
+    denoisers: dict[str, Denoiser] = {}
+    changes: dict[str, torch.Tensor] = {}
+    peaks: dict[str, int | None] = {}
+    running = None
+    with progress("prepare", unit="variants") as on_progress:
+        for name, (subject, fast) in runs.items():
+            encoders = subject.config.text_encoders
+            prompt = prompt_of(max(encoder.max_tokens for encoder in encoders))
+            with MemoryMeter(subject.device) as meter:
+                denoiser = subject.denoiser([prompt], [0], fast=fast)
+                before = denoiser.buffer
+                denoiser.step()
+                changes[name] = (denoiser.buffer - before).cpu()
+                if running is None:
+                    while denoiser.filling:
+                        denoiser.step()
+                    running = denoiser.state()
+                else:
+                    denoiser.restore(running)
+                meter.warm()
+                denoiser.step()
+            denoisers[name], peaks[name] = denoiser, meter.peak_bytes
+            on_progress(len(denoisers), len(runs), {})
+    return denoisers, changes, peaks
+
+
+def float8_verdict(mine: Timings, exact: Timings, difference: float) -> str:
+    """Whether float8 is kept: faster than the fastest exact variant, and within its bound."""
+    if difference > ERROR_BOUND:
+        return f"dropped: differs by more than {ERROR_BOUND:.0%}"
+    if mine.percentile(50) >= exact.percentile(50):
+        return "dropped: not faster"
+    return "kept"
+
+
+def _fastest(timings: Mapping[str, Timings], names: list[str]) -> str:
+    return min(names, key=lambda name: timings[name].percentile(50))
+
+
+def _ratios(timings: Mapping[str, Timings], names: list[str]) -> dict[str, float]:
+    """What the fastest exact variant takes by what plain takes."""
+    best = _fastest(timings, [name for name in names if name != FLOAT8])
+    return {"optimised ÷ plain": timings[best].ratio_to(timings[PLAIN])}
+
+
+def _sustained(
+    actions: Mapping[str, Callable[[], object]],
+    timings: Mapping[str, Timings],
+    frames: float,
+    device: torch.device,
+    seconds: float,
+) -> list[Row]:
+    """The fastest exact variant, and float8, alone for a while: clocks settle and queues fill."""
+    if seconds <= 0:
+        return []
+    best = _fastest(timings, [name for name in actions if name != FLOAT8])
+    rows = []
+    for name in (best, *(name for name in actions if name == FLOAT8)):
+        alone = sustain(actions[name], device, seconds)
+        rows.append(
+            Row(
+                variant=f"{name}, alone {seconds:g} s",
+                p50_ms=alone.percentile(50),
+                p95_ms=alone.percentile(95),
+                versus_plain=None,
+                fps=1e3 * frames / alone.mean,
+            )
+        )
     return rows
 
 
@@ -165,26 +281,27 @@ def _layer_shapes(subject: StreamingModel, evaluations: int) -> list[tuple[int, 
     ]
 
 
-def measure_decoding(subject: StreamingModel, rounds: int, compiled: bool | None) -> list[Row]:
+def measure_decoding(subject: DecodingSubject, effort: Effort) -> Measured:
     """Time the decoding of one chunk after another, up to pictures on the host.
 
     Differences are of the pictures, relative to the deviation of plain's.
     """
-    device, config = subject.device, subject.config.model
-    scheme, bucket = subject.scheme(), config.buckets[0]
+    device = subject.device
     generator = torch.Generator().manual_seed(0)
-    shape = (1, scheme.c, config.latent_channels, bucket.height, bucket.width)
+    shape = (1, subject.chunk_frames, *subject.latent_shape)
     latents = torch.randn(shape, generator=generator).to(device)
     decoders: dict[str, ChunkDecoder] = {}
     peaks: dict[str, int | None] = {}
     pictures: dict[str, torch.Tensor] = {}
-    variants = decoder_variants(device, _compiled(compiled, device))
+    variants = decoder_variants(effort.compiled, capability_of(device))
     with progress("prepare", unit="variants") as on_progress:
         for name, options in variants.items():
             with MemoryMeter(device) as meter:
                 decoder = ChunkDecoder(subject.autoencoder, device, options)
                 decoder.submit(latents).wait()
                 pixels = torch.from_numpy(decoder.submit(latents).wait())
+                meter.warm()
+                decoder.submit(latents).wait()
             decoders[name], peaks[name] = decoder, meter.peak_bytes
             pictures[name] = pixels.float() - 127.5
             on_progress(len(decoders), len(variants), {})
@@ -194,9 +311,9 @@ def measure_decoding(subject: StreamingModel, rounds: int, compiled: bool | None
 
     actions = {name: action(decoder) for name, decoder in decoders.items()}
     with progress("decode", unit="rounds") as on_progress:
-        timings = interleave(actions, device, rounds, on_progress)
-    frames = subject.autoencoder.frames_for(scheme.c, first=False)
-    return [
+        timings = interleave(actions, device, on_progress=on_progress, **effort.bounds)
+    frames = subject.autoencoder.frames_for(subject.chunk_frames, first=False)
+    rows = [
         _row(
             name,
             timings,
@@ -206,15 +323,15 @@ def measure_decoding(subject: StreamingModel, rounds: int, compiled: bool | None
         )
         for name in variants
     ]
+    return Measured(rows, _ratios(timings, list(variants)))
 
 
-def measure_streams(subject: StreamingModel, rounds: int, compiled: bool | None) -> list[Row]:
+def measure_streams(subject: StreamingModel, effort: Effort) -> Measured:
     """Time chunks of whole streams, from the first step's launch to pictures on the host."""
     device = subject.device
-    with_compile = _compiled(compiled, device)
-    steps = step_variants(device, with_compile)
-    decoders = decoder_variants(device, with_compile)
-    exact = [fast for fast in steps.values() if fast is not None and not fast.float8]
+    steps = step_variants(effort.compiled, capability_of(device))
+    decoders = decoder_variants(effort.compiled, capability_of(device))
+    exact = [fast for name, fast in steps.items() if name != FLOAT8]
     fast_decoder = list(decoders.values())[-1]
     ahead = fast_decoder.model_copy(update={"overlap": True})
     variants: dict[str, tuple[FastConfig | None, DecoderConfig]] = {
@@ -223,10 +340,10 @@ def measure_streams(subject: StreamingModel, rounds: int, compiled: bool | None)
         "+ fast decoder": (exact[-1], fast_decoder),
         "+ decoding ahead": (exact[-1], ahead),
     }
-    if "+ float8" in steps:
-        variants["+ float8"] = (steps["+ float8"], ahead)
+    if FLOAT8 in steps:
+        variants[FLOAT8] = (steps[FLOAT8], ahead)
     prompt = prompt_of(max(encoder.max_tokens for encoder in subject.config.text_encoders))
-    actions: dict[str, Callable[[], object]] = {}
+    streams: dict[str, Stream] = {}
     peaks: dict[str, int | None] = {}
     with progress("prepare", unit="variants") as on_progress:
         for name, (fast, decoder) in variants.items():
@@ -234,12 +351,19 @@ def measure_streams(subject: StreamingModel, rounds: int, compiled: bool | None)
                 running = subject.stream(prompt, fast=fast, decoder=decoder)
                 next(running)
                 next(running)
-            actions[name], peaks[name] = _burst(running), meter.peak_bytes
-            on_progress(len(actions), len(variants), {})
+                meter.warm()
+                next(running)
+            streams[name], peaks[name] = running, meter.peak_bytes
+            on_progress(len(streams), len(variants), {})
+    actions = {name: _burst(running) for name, running in streams.items()}
     with progress("stream", unit="rounds") as on_progress:
-        timings = interleave(actions, device, rounds, on_progress, parts=BURST)
+        timings = interleave(actions, device, on_progress=on_progress, parts=BURST, **effort.bounds)
     frames = subject.autoencoder.frames_for(subject.scheme().c, first=False)
-    return [_row(name, timings, frames, peak_bytes=peaks[name]) for name in variants]
+    rows = [_row(name, timings, frames, peak_bytes=peaks[name]) for name in variants]
+    # No waiting between chunks, as where they are shown one after the other.
+    alone = {name: running.__next__ for name, running in streams.items()}
+    rows += _sustained(alone, timings, frames, device, effort.sustained)
+    return Measured(rows, _ratios(timings, list(variants)))
 
 
 def _burst(running: Stream) -> Callable[[], object]:
@@ -253,7 +377,7 @@ def _row(name: str, timings: dict[str, Timings], frames: float | None, **figures
         variant=name,
         p50_ms=p50,
         p95_ms=mine.percentile(95),
-        versus_plain=timings[PLAIN].ratio_to(mine),
+        versus_plain=None if frames is None else timings[PLAIN].ratio_to(mine),
         fps=None if frames is None else 1e3 * frames / p50,
         **figures,
     )
@@ -261,7 +385,3 @@ def _row(name: str, timings: dict[str, Timings], frames: float | None, **figures
 
 def _relative(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float((found - expected).norm() / expected.norm())
-
-
-def _compiled(wanted: bool | None, device: torch.device) -> bool:
-    return device.type == "cuda" if wanted is None else wanted

@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
 import torch
 from pydantic import BaseModel, ConfigDict
 
 import streamdit
 from jobs.config import available_presets, load_config
+from jobs.model_facts import TEXT_TOKENS
+from streamdit.autoencoder import load_autoencoder
 from streamdit.autoencoder.base import Autoencoder
 from streamdit.autoencoder.causal import CausalAutoencoder, CausalAutoencoderConfig
-from streamdit.config import SamplingConfig, StreamDiTConfig, TextEncoderConfig
+from streamdit.config import DiTConfig, SamplingConfig, StreamDiTConfig, TextEncoderConfig
 from streamdit.errors import UserError
-from streamdit.io import StreamingModel
+from streamdit.io import StreamingModel, check_autoencoder, read_model_config, resolve_source
 from streamdit.model import StreamDiT
+from streamdit.published import TEXT_ENCODERS
+from streamdit.registered import download
 from streamdit.text import build_text_encoders
+
+if TYPE_CHECKING:
+    from training.config import TrainConfig
 
 WAN = "wan"
 """Name of diffusers' Wan VAE among the autoencoders."""
@@ -29,6 +40,23 @@ class AutoencoderShape(BaseModel):
     model: CausalAutoencoderConfig
 
 
+@dataclass(frozen=True)
+class DecodingSubject:
+    """An autoencoder and the latents that a stream hands it.
+
+    Attributes:
+        autoencoder: what decodes.
+        latent_shape: `(C, h, w)` of a latent frame.
+        chunk_frames: latent frames of a chunk.
+        device: where it runs.
+    """
+
+    autoencoder: Autoencoder
+    latent_shape: tuple[int, int, int]
+    chunk_frames: int
+    device: torch.device
+
+
 def load_subject(directory: str, device: torch.device, dtype: torch.dtype) -> StreamingModel:
     """A trained model, as it streams."""
     return streamdit.load(directory, device=device, dtype=dtype)
@@ -37,7 +65,7 @@ def load_subject(directory: str, device: torch.device, dtype: torch.dtype) -> St
 def random_subject(
     preset: str,
     autoencoder: str | None,
-    text_tokens: int,
+    text_tokens: int | None,
     device: torch.device,
     dtype: torch.dtype,
 ) -> StreamingModel:
@@ -47,20 +75,19 @@ def random_subject(
         preset: name of a training preset.
         autoencoder: preset of an autoencoder, or `wan`; default: what the preset asks for, or that
             of the same name, or the default one.
-        text_tokens: tokens of a prompt, per text encoder.
+        text_tokens: tokens of a prompt, per text encoder; default: the most that each gives.
         device: where it runs.
         dtype: precision of the transformer.
 
     Raises:
         UserError: if there is no such preset.
     """
-    from training.config import TrainConfig
-
-    plan = load_config(TrainConfig, stage="train", preset=preset)
-    asked = WAN if plan.autoencoder == "wan" else default_autoencoder(preset)
-    decoder = random_autoencoder(autoencoder or asked, plan.model.latent_channels, device)
+    plan = _plan(preset)
+    decoder = _random_decoder(plan, preset, autoencoder, device)
     encoders = tuple(
-        TextEncoderConfig(name=name, kind="bytes", width=width, max_tokens=text_tokens)
+        TextEncoderConfig(
+            name=name, kind="bytes", width=width, max_tokens=text_tokens or most_text_tokens(name)
+        )
         for name, width in plan.model.text.items()
     )
     config = StreamDiTConfig(
@@ -77,6 +104,65 @@ def random_subject(
     return StreamingModel(
         config, model.to(dtype).eval(), decoder, build_text_encoders(encoders, device), device
     )
+
+
+def most_text_tokens(encoder: str) -> int:
+    """Tokens that a prompt may have from the text encoder of this name."""
+    known = TEXT_ENCODERS.get(encoder)
+    return known.config.max_tokens if known is not None else TEXT_TOKENS
+
+
+def full_attention(subject: StreamingModel) -> StreamingModel | None:
+    """The same weights with a window as large as the grid; None if it already is."""
+    shape = subject.config.model
+    bucket = shape.buckets[0]
+    grid = shape.token_grid(bucket)
+    if tuple(bucket.window) == grid:
+        return None
+    whole = bucket.model_copy(update={"window": grid})
+    shape = shape.model_copy(update={"buckets": (whole, *shape.buckets[1:])})
+    with torch.device("meta"):
+        model = StreamDiT(shape)
+    model.load_state_dict(subject.model.state_dict(), assign=True)
+    config = subject.config.model_copy(update={"model": shape})
+    return replace(subject, config=config, model=model.eval())
+
+
+def load_decoding(directory: str, device: torch.device) -> DecodingSubject:
+    """The autoencoder of a model directory, without the rest."""
+    folder = download(directory) if directory.startswith("models:/") else Path(directory)
+    config = read_model_config(folder)
+    autoencoder = load_autoencoder(resolve_source(config.autoencoder.source, folder), device)
+    check_autoencoder(autoencoder.identity, config.autoencoder)
+    return _decoding(autoencoder, config.model, config.sampling.chunk_frames, device)
+
+
+def random_decoding(preset: str, autoencoder: str | None, device: torch.device) -> DecodingSubject:
+    """The autoencoder of a training preset, with random weights; see :func:`random_subject`."""
+    plan = _plan(preset)
+    decoder = _random_decoder(plan, preset, autoencoder, device)
+    return _decoding(decoder, plan.model, plan.sampling.chunk_frames, device)
+
+
+def _decoding(
+    autoencoder: Autoencoder, model: DiTConfig, chunk_frames: int, device: torch.device
+) -> DecodingSubject:
+    bucket = model.buckets[0]
+    shape = model.latent_channels, bucket.height, bucket.width
+    return DecodingSubject(autoencoder, shape, chunk_frames, device)
+
+
+def _plan(preset: str) -> TrainConfig:
+    from training.config import TrainConfig
+
+    return load_config(TrainConfig, stage="train", preset=preset)
+
+
+def _random_decoder(
+    plan: TrainConfig, preset: str, autoencoder: str | None, device: torch.device
+) -> Autoencoder:
+    asked = WAN if plan.autoencoder == "wan" else default_autoencoder(preset)
+    return random_autoencoder(autoencoder or asked, plan.model.latent_channels, device)
 
 
 def default_autoencoder(preset: str) -> str:

@@ -169,7 +169,6 @@ def _activations(memory: dict[str, Any]) -> str:
 
 def _floor_table(facts: dict[str, Any]) -> Table:
     floor, sampling = facts["floor"], facts["sampling"]
-    table = _table(f"least time on one {floor['gpu']}", "")
     evaluations = _count(sampling["evaluations_per_step"], "evaluation")
     table = _table(f"least time on one {floor['gpu']}", "as configured", "distilled")
     table.add_row("a step", evaluations, "1 evaluation")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -10,8 +11,12 @@ from dataclasses import dataclass, field
 import torch
 
 from jobs.console import OnProgress
+from streamdit.model.quantise import quantise_rows
 
 Action = Callable[[], object]
+
+LEAST_ROUNDS = 3
+"""Rounds that are timed however long they take."""
 
 
 @dataclass
@@ -33,6 +38,11 @@ class Timings:
         pairs = zip(self.milliseconds, other.milliseconds, strict=True)
         return statistics.median(mine / theirs for mine, theirs in pairs)
 
+    @property
+    def mean(self) -> float:
+        """What a run takes on average, which sets the rate of many."""
+        return statistics.fmean(self.milliseconds)
+
 
 def interleave(
     variants: Mapping[str, Action],
@@ -41,6 +51,7 @@ def interleave(
     on_progress: OnProgress | None = None,
     warm_up: int = 2,
     parts: int = 1,
+    seconds: float = math.inf,
 ) -> dict[str, Timings]:
     """Run every variant once a round, so that what else happens on the machine hits all alike.
 
@@ -53,7 +64,9 @@ def interleave(
         on_progress: told how many rounds are done.
         warm_up: rounds before those, not timed.
         parts: equal parts that an action consists of; times are given per part.
+        seconds: no further round begins after this time, but for the least number of rounds.
     """
+    started = time.perf_counter()
     timings = {name: Timings() for name in variants}
     names = list(variants)
     for number in range(-warm_up, rounds):
@@ -64,6 +77,27 @@ def interleave(
                 timings[name].milliseconds.append(elapsed)
         if on_progress is not None and number >= 0:
             on_progress(number + 1, rounds, {})
+        if number + 1 >= LEAST_ROUNDS and time.perf_counter() - started > seconds:
+            break
+    return timings
+
+
+def sustain(action: Action, device: torch.device, seconds: float) -> Timings:
+    """Run `action` again and again for `seconds`, and time each run from the end of the last one.
+
+    The device is waited for at the end only, unless the action waits for it.
+    """
+    timings = Timings()
+    action()
+    wait_for(device)
+    started = last = time.perf_counter()
+    while last - started < seconds:
+        action()
+        now = time.perf_counter()
+        timings.milliseconds.append(1e3 * (now - last))
+        last = now
+    wait_for(device)
+    timings.milliseconds[-1] += 1e3 * (time.perf_counter() - last)
     return timings
 
 
@@ -103,8 +137,35 @@ def matmul_action(
     return run, sum(2 * m * k * n for m, k, n in shapes)
 
 
+def float8_matmul_action(
+    shapes: Sequence[tuple[int, int, int]], device: torch.device
+) -> tuple[Action, int]:
+    """Like :func:`matmul_action`, of operands that are rounded to e4m3 row by row already."""
+    generator = torch.Generator(device).manual_seed(0)
+    pairs = [
+        [quantise_rows(torch.randn(rows, k, generator=generator, device=device)) for rows in (m, n)]
+        for m, k, n in shapes
+    ]
+
+    def run() -> None:
+        for (left, scale), (right, other_scale) in pairs:
+            torch._scaled_mm(
+                left,
+                right.t(),
+                scale_a=scale,
+                scale_b=other_scale.t(),
+                out_dtype=torch.bfloat16,
+                use_fast_accum=True,
+            )
+
+    return run, sum(2 * m * k * n for m, k, n in shapes)
+
+
 class MemoryMeter:
-    """Device memory that building and warming up something takes, beyond what was there."""
+    """Device memory that something takes once it is warm, beyond what was there.
+
+    What a captured graph keeps for itself counts; what tuning took before :meth:`warm` does not.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -112,13 +173,20 @@ class MemoryMeter:
         self.peak_bytes: int | None = None
 
     def __enter__(self) -> MemoryMeter:
+        self.warm()
+        if self._device.type == "cuda":
+            self._before = torch.cuda.memory_reserved(self._device)
+        return self
+
+    def warm(self) -> None:
+        """Forget what was taken so far and given back."""
         wait_for(self._device)
         if self._device.type == "cuda":
+            # Graphs replay in memory that is reserved for them but counts as free.
+            torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(self._device)
-            self._before = torch.cuda.memory_allocated(self._device)
-        return self
 
     def __exit__(self, *unused: object) -> None:
         wait_for(self._device)
         if self._device.type == "cuda":
-            self.peak_bytes = torch.cuda.max_memory_allocated(self._device) - self._before
+            self.peak_bytes = torch.cuda.max_memory_reserved(self._device) - self._before

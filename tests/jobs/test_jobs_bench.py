@@ -1,6 +1,7 @@
 """`streamdit bench`: figures that follow from the times, and variants that agree with plain."""
 
 import json
+import time
 
 import numpy as np
 import pytest
@@ -8,13 +9,23 @@ import torch
 from model_directory import write_model_directory
 from typer.testing import CliRunner
 
-from jobs.bench_rows import CEILING, PLAIN, decoder_variants, step_variants
-from jobs.bench_subject import prompt_of, random_autoencoder, random_subject
+from jobs.bench import _table
+from jobs.bench_rows import CEILING, FULL_ATTENTION, Row, float8_verdict
+from jobs.bench_subject import (
+    full_attention,
+    most_text_tokens,
+    prompt_of,
+    random_autoencoder,
+    random_decoding,
+    random_subject,
+)
+from jobs.bench_variants import FLOAT8, PLAIN, decoder_variants, step_variants
 from jobs.cli import app
-from jobs.measure import Timings, interleave, matmul_action
+from jobs.measure import Timings, float8_matmul_action, interleave, matmul_action, sustain
 from streamdit.decoding import ChunkDecoder
 from streamdit.errors import UserError
 from streamdit.io import read_model_config
+from streamdit.model.fast import FastConfig
 from streamdit.model.flops import PER_PROMPT, PER_SCHEDULE, count_flops
 from streamdit.text.hashed_bytes import tokenise
 
@@ -60,20 +71,103 @@ def test_prompt_has_the_tokens_that_were_asked_for():
     assert [len(tokenise(prompt_of(count))) for count in (2, 7, 100)] == [2, 7, 100]
 
 
+def test_rounds_stop_when_the_time_is_up_but_for_the_least_number_of_them():
+    timings = interleave({"a": lambda: None}, CPU, rounds=50, seconds=0.0)
+    assert len(timings["a"].milliseconds) == 3
+
+
+def test_what_runs_alone_is_timed_from_one_end_to_the_next():
+    timings = sustain(lambda: time.sleep(0.002), CPU, seconds=0.05)
+    assert sum(timings.milliseconds) >= 50
+    assert min(timings.milliseconds) >= 2
+    assert timings.mean == pytest.approx(np.mean(timings.milliseconds))
+
+
+def test_matrix_products_in_float8_run_and_are_counted_like_others():
+    run, flops = float8_matmul_action([(16, 32, 48)], CPU)
+    run()
+    assert flops == 2 * 16 * 32 * 48
+
+
 def test_variants_for_a_cpu_need_no_gpu_and_add_one_switch_each():
-    names = list(step_variants(CPU, compiled=True))
+    names = list(step_variants(compiled=True, capability=None))
     assert names == [PLAIN, "+ modulation table", "+ text memory", "+ compiled blocks"]
-    assert list(decoder_variants(CPU, compiled=False)) == [
+    assert list(decoder_variants(compiled=False, capability=None)) == [
         PLAIN,
         "+ channels last",
         "+ bfloat16",
     ]
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_variants_for_a_gpu_end_with_float8_where_it_multiplies_in_it(compiled):
+    steps = step_variants(compiled, capability=(9, 0))
+    assert list(steps)[-3:] == ["+ CUDA graph", "+ cuDNN attention", FLOAT8]
+    assert steps[FLOAT8] == FastConfig(
+        compile=compiled, cuda_graph=True, attention="cudnn", float8=True
+    )
+    older = step_variants(compiled, capability=(8, 0))
+    assert older == {name: fast for name, fast in steps.items() if name != FLOAT8}
+    decoders = list(decoder_variants(compiled, capability=(8, 0)).values())
+    assert decoders[-1].cudnn_autotune
+    assert decoders[-1].compile is compiled
+
+
+@pytest.mark.parametrize(
+    ("milliseconds", "difference", "verdict"),
+    [
+        (90.0, 0.05, "kept"),
+        (100.0, 0.05, "dropped: not faster"),
+        (90.0, 0.09, "dropped: differs by more than 8%"),
+    ],
+)
+def test_float8_is_kept_if_it_is_faster_and_within_its_bound(milliseconds, difference, verdict):
+    mine, exact = Timings([milliseconds] * 3), Timings([100.0] * 3)
+    assert float8_verdict(mine, exact, difference) == verdict
+    row = Row(FLOAT8, milliseconds, milliseconds, 1.0, 1.0, verdict=verdict)
+    assert [list(column.cells) for column in _table([row]).columns][-1] == [verdict]
+
+
+def test_prompts_are_as_long_as_each_text_encoder_allows():
+    assert [most_text_tokens(name) for name in ("ul2", "byt5", "metaclip")] == [128, 256, 77]
+    subject = random_subject("demo", None, None, CPU, torch.float32)
+    assert subject.max_text_tokens == most_text_tokens("bytes") == 64
+
+
+def test_full_attention_shares_the_weights_of_windows():
+    subject = random_subject("demo", None, 5, CPU, torch.float32)
+    whole = full_attention(subject)
+    bucket = whole.config.model.buckets[0]
+    assert tuple(bucket.window) == whole.config.model.token_grid(bucket)
+    for mine, theirs in zip(subject.model.parameters(), whole.model.parameters(), strict=True):
+        assert mine.data_ptr() == theirs.data_ptr()
+    assert full_attention(whole) is None
+
+
+def test_decoder_is_measured_without_a_transformer(monkeypatch):
+    monkeypatch.setattr("jobs.bench_subject.StreamDiT", None)
+    subject = random_decoding("streamdit-4b", "demo", CPU)
+    assert subject.latent_shape == (8, 64, 64)
+    assert subject.chunk_frames == 2
+    assert subject.autoencoder.identity.latent_channels == 8
+
+
 def test_step_reports_rates_of_the_work_that_is_left_and_results_equal_to_plain(tmp_path):
-    figures, output = bench(tmp_path, "step", "--text-tokens", "10")
+    figures, output = bench(tmp_path, "step", "--text-tokens", "10", "--sustained", "0.1")
     rows = {row["variant"]: row for row in figures["rows"]}
-    assert list(rows) == [PLAIN, "+ modulation table", "+ text memory", CEILING]
+    fast = ["+ modulation table", "+ text memory"]
+    alone = [name for name in rows if "alone 0.1 s" in name]
+    assert list(rows) == [PLAIN, *fast, FULL_ATTENTION, CEILING, *alone]
+    assert len(alone) == 1
+    assert rows[alone[0]]["fps"] > 0
+    ratios = figures["ratios"]
+    assert set(ratios) == {"optimised ÷ plain", "windows ÷ full attention"}
+    assert ratios["windows ÷ full attention"] == pytest.approx(rows[FULL_ATTENTION]["versus_plain"])
+    assert f"windows ÷ full attention {ratios['windows ÷ full attention']:.3g}" in output
+    whole = full_attention(random_subject("demo", None, 10, CPU, torch.float32))
+    work = count_flops(whole.config.model, text_tokens=10)["total"]
+    row = rows[FULL_ATTENTION]
+    assert row["flops_per_second"] == pytest.approx(1e3 * work / row["p50_ms"])
     subject = random_subject("demo", None, 10, CPU, torch.float32)
     assert figures["parameters"] == sum(p.numel() for p in subject.model.parameters())
     assert (figures["height"], figures["width"], figures["frames_per_chunk"]) == (64, 64, 4)
@@ -97,7 +191,9 @@ def test_step_reports_rates_of_the_work_that_is_left_and_results_equal_to_plain(
 
 
 def test_decoder_and_whole_streams_are_measured_too(tmp_path):
-    figures, _ = bench(tmp_path, "decode")
+    figures, output = bench(tmp_path, "decode")
+    assert "random weights, so no PSNR (give --model for one)" in output
+    assert "parameters in" not in output.splitlines()[1]
     rows = {row["variant"]: row for row in figures["rows"]}
     assert rows["+ channels last"]["difference"] < 0.01
     assert 0 < rows["+ bfloat16"]["difference"] < 0.05
@@ -124,6 +220,9 @@ def test_a_model_directory_is_measured_with_its_own_scheme_and_the_quality_of_it
     tokens = {encoder.name: encoder.max_tokens for encoder in config.text_encoders}
     work = 2 * count_flops(config.model, text_tokens=tokens)["total"]
     assert rows[PLAIN]["flops_per_second"] == pytest.approx(1e3 * work / rows[PLAIN]["p50_ms"])
+    figures, output = bench(tmp_path, "decode", "--model", str(directory))
+    assert "PSNR 31.2 dB" in output
+    assert (figures["height"], figures["frames_per_chunk"]) == (32, 4)
 
 
 @pytest.mark.parametrize(
@@ -131,6 +230,7 @@ def test_a_model_directory_is_measured_with_its_own_scheme_and_the_quality_of_it
     [
         (["--preset", "nothing"], "preset 'nothing' does not exist"),
         (["--dtype", "float64"], "--dtype float64 is unknown; choose float32 or bfloat16"),
+        (["--model", "somewhere", "--text-tokens", "7"], "--text-tokens is for presets"),
         (["--autoencoder", "nothing"], "no autoencoder preset nothing; choose one of"),
     ],
 )

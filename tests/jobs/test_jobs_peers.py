@@ -24,3 +24,5 @@ def test_comparison_with_peers_checks_times_and_prints_every_variant():
     rows = [line.split(" | ")[0].strip("| ") for line in done.stdout.splitlines() if "|" in line]
     for variant in ("diffusers, a time per token", "ours, prepared", "windows as a mask"):
         assert variant in rows
+    assert "our block ÷ diffusers, a time per token (at most 1.05)" in rows
+    assert "windows ÷ full attention" in rows

@@ -1,0 +1,54 @@
+"""The optimisations that `streamdit bench` adds in turn, as far as a device has them."""
+
+from __future__ import annotations
+
+import torch
+
+from streamdit.decoding import DecoderConfig
+from streamdit.model.fast import FLOAT8_CAPABILITY, FastConfig
+
+PLAIN = "plain"
+FLOAT8 = "+ float8"
+
+Capability = tuple[int, int] | None
+"""Compute capability of a CUDA device; None for what is none."""
+
+
+def capability_of(device: torch.device) -> Capability:
+    """What the variants for `device` depend on."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+
+
+def step_variants(compiled: bool, capability: Capability) -> dict[str, FastConfig | None]:
+    """Optimisations of a step, each on top of those before."""
+    variants: dict[str, FastConfig | None] = {
+        PLAIN: None,
+        "+ modulation table": FastConfig(text_memory=False),
+        "+ text memory": FastConfig(),
+    }
+    if compiled:
+        variants["+ compiled blocks"] = FastConfig(compile=True)
+    if capability is not None:
+        graph = FastConfig(compile=compiled, cuda_graph=True)
+        variants["+ CUDA graph"] = graph
+        cudnn = graph.model_copy(update={"attention": "cudnn"})
+        variants["+ cuDNN attention"] = cudnn
+        if capability >= FLOAT8_CAPABILITY:
+            variants[FLOAT8] = cudnn.model_copy(update={"float8": True})
+    return variants
+
+
+def decoder_variants(compiled: bool, capability: Capability) -> dict[str, DecoderConfig]:
+    """Optimisations of the decoder, each on top of those before."""
+    last = DecoderConfig(bfloat16=True, channels_last=True)
+    variants = {
+        PLAIN: DecoderConfig(),
+        "+ channels last": DecoderConfig(channels_last=True),
+        "+ bfloat16": last,
+    }
+    if capability is not None:
+        last = last.model_copy(update={"cudnn_autotune": True})
+        variants["+ cuDNN autotuning"] = last
+    if compiled:
+        variants["+ compiled"] = last.model_copy(update={"compile": True})
+    return variants
