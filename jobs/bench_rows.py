@@ -70,8 +70,8 @@ class Effort:
     def bounds(self) -> dict[str, Any]:
         """As arguments of :func:`jobs.measure.interleave`. Every variant is warm by then."""
         if self.rounds is not None:
-            return {"rounds": self.rounds, "warm_up": 1}
-        return {"rounds": ROUNDS, "warm_up": 1, "seconds": SECONDS}
+            return {"rounds": self.rounds, "warm_up": 0}
+        return {"rounds": ROUNDS, "warm_up": 0, "seconds": SECONDS}
 
 
 @dataclass(frozen=True)

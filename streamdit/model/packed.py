@@ -62,15 +62,9 @@ class PackedTextMemory(TextMemory):
         starts = torch.arange(
             0, (batch + 1) * tokens, tokens, dtype=torch.int32, device=query.device
         )
-        attended = varlen_attn(
-            query.transpose(1, 2).flatten(0, 1),
-            self.key,
-            self.value,
-            starts,
-            self.ends,
-            tokens,
-            self.longest,
-        )
+        rows = query.transpose(1, 2).flatten(0, 1)
+        attended = varlen_attn(rows, self.key, self.value, starts, self.ends, tokens, self.longest)
+        assert isinstance(attended, Tensor)
         return attended.unflatten(0, (batch, tokens)).transpose(1, 2)
 
 
