@@ -104,6 +104,7 @@ def distillation_job(
             teacher_sha256=parent.weights_sha256,
             teacher_micro_steps=scheme.s,
             teacher_guidance_scale=sum(plan.guidance) / len(plan.guidance),
+            teacher_guidance_by_segment=plan.guidance if len(set(plan.guidance)) > 1 else (),
         ),
     )
 

@@ -253,6 +253,8 @@ class DistillationRecord(StrictModel):
     """Steps per chunk of the teacher, s."""
     teacher_guidance_scale: float = Field(ge=0)
     """Guidance weight of the teacher, w (the mean of the segments' weights)."""
+    teacher_guidance_by_segment: tuple[float, ...] = ()
+    """Its weight for each noise segment, where these differ."""
 
 
 class AutoencoderIdentity(StrictModel):
