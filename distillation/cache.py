@@ -63,6 +63,10 @@ class RolloutManifest(StrictModel):
     """Fingerprint of the data set."""
     plan: dict[str, Any]
     """What the teacher was asked for."""
+    seed: int
+    """Seed of what was drawn."""
+    precision: str
+    """Floating type that the teacher ran in and targets are kept in."""
     per_clip: int
     """Rollouts of each clip."""
     files: tuple[str, ...]
@@ -122,9 +126,8 @@ def write_rollouts(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     staging = path.with_name(f".{path.name}.tmp")
     per_group = max(1, GROUP_BYTES * len(rows) // max(1, table.nbytes))
-    pq.write_table(
-        table, staging, compression="zstd", compression_level=1, row_group_size=per_group
-    )
+    # As the data set's shards: numbers of a model hardly shrink, and plain pages are read in place.
+    pq.write_table(table, staging, compression="none", row_group_size=per_group)
     staging.replace(path)
 
 
@@ -157,8 +160,7 @@ class CachedRollouts:
             UserError: naming what differs.
         """
         manifest = self.manifest
-        splits = [LatentDataset(dataset, split) for split in ("train", "held_out")]
-        fingerprint = splits[0].manifest.fingerprint
+        fingerprint = LatentDataset(dataset, "train").manifest.fingerprint
         if manifest.teacher_sha256 != parent.weights_sha256:
             raise UserError(
                 f"{self.directory} was made by teacher {manifest.teacher_sha256[:12]}..., not by "
@@ -176,13 +178,6 @@ class CachedRollouts:
                     f"{self.directory} was made with {name}={value} but the run asks for "
                     f"{wanted[name]}; change the `teacher` settings, or make the rollouts anew"
                 )
-        clips = {clip_id for split in splits for clip_id in split.clip_ids}
-        missing = clips - set(self._places)
-        if missing:
-            raise UserError(
-                f"{self.directory} has no rollout of clip {min(missing)} (and "
-                f"{len(missing) - 1} more); run `streamdit rollouts` again to add them"
-            )
 
     def draw(
         self, latent_shape: torch.Size, generator: torch.Generator, progress: float = 0.0

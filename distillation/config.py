@@ -85,6 +85,9 @@ class TeacherConfig(StrictModel):
     own first video by text-to-video."""
     ramp_share: float = Field(default=0.0, ge=0, le=1)
     """Share of buffers on the way up a ramp, so that the student can start a stream by one."""
+    continued_share: float = Field(default=0.0, ge=0, le=1, exclude_if=lambda share: share == 0)
+    """Share of buffers whose frames all stand at the same level behind clean references, so that
+    the student can continue a given video; needs `reference_frames`."""
     placement: Literal["replicated", "sharded"] = "replicated"
     """A whole teacher on every worker, or its weights sharded over the workers (ZeRO-3)."""
 
@@ -97,8 +100,10 @@ class TeacherConfig(StrictModel):
 
     @model_validator(mode="after")
     def _check_cold_start(self) -> TeacherConfig:
-        if self.uniform_share + self.ramp_share > 1.0:
-            raise ValueError("uniform_share and ramp_share together exceed 1; lower one of them")
+        if self.uniform_share + self.ramp_share + self.continued_share > 1.0:
+            raise ValueError(
+                "uniform_share, ramp_share and continued_share together exceed 1; lower one of them"
+            )
         if self.uniform_share == 0 and self.ramp_share == 0:
             raise ValueError(
                 "uniform_share is 0, so the student could not make the first video of a stream; "
@@ -108,6 +113,11 @@ class TeacherConfig(StrictModel):
             raise ValueError(
                 "with reference_frames the first video is made by text-to-video, which "
                 "uniform_share: 0 leaves out; set uniform_share (about 0.2)"
+            )
+        if self.continued_share and not self.reference_frames:
+            raise ValueError(
+                "continued_share teaches how to go on behind clean reference frames, but "
+                "reference_frames is 0; set reference_frames, or continued_share: 0"
             )
         if self.ramp_share and self.reference_frames:
             raise ValueError(

@@ -18,9 +18,10 @@ from streamdit.errors import UserError
 from streamdit.partition import PartitionScheme, step_levels
 from training.objective import Draws
 
-STAIRCASE, UNIFORM, RAMP = 0, 1, 2
-KINDS = ("staircase", "uniform", "ramp")
-"""Kinds of buffer: a stream under way, its first video, and the way up a ramp."""
+STAIRCASE, UNIFORM, RAMP, CONTINUED = 0, 1, 2, 3
+KINDS = ("staircase", "uniform", "ramp", "continued")
+"""Kinds of buffer: a stream under way, its first video, the way up a ramp, and the first video
+behind given references."""
 
 FROM_CLIP, FROM_TEACHER, FROM_STUDENT = 0, 1, 2
 
@@ -36,6 +37,7 @@ class RolloutPlan:
         guidance: weight w per noise segment, N numbers.
         uniform_share: share of buffers whose frames all cross one segment.
         ramp_share: share of buffers on the way up a ramp.
+        continued_share: share of buffers whose frames all cross one segment behind K clean ones.
         drift: share of staircase buffers from streams.
     """
 
@@ -45,6 +47,7 @@ class RolloutPlan:
     guidance: tuple[float, ...]
     uniform_share: float
     ramp_share: float = 0.0
+    continued_share: float = 0.0
     drift: DriftConfig = field(default_factory=DriftConfig)
 
     @classmethod
@@ -69,13 +72,14 @@ class RolloutPlan:
             per_segment(settings.guidance_scale, scheme, "teacher.guidance_scale"),
             settings.uniform_share,
             settings.ramp_share,
+            settings.continued_share,
             drift or DriftConfig(),
         )
 
     @property
     def buffer_kinds(self) -> tuple[str, ...]:
         """Kinds of buffer that are drawn."""
-        shares = (1.0, self.uniform_share, self.ramp_share)
+        shares = (1.0, self.uniform_share, self.ramp_share, self.continued_share)
         return tuple(name for name, share in zip(KINDS, shares, strict=True) if share > 0)
 
     def draw(
@@ -122,9 +126,16 @@ class RolloutPlan:
         return self.drift.needs_teacher or self.drift.needs_student
 
     def _kind(self, at: float) -> int:
-        if at < self.uniform_share:
-            return UNIFORM
-        return RAMP if at < self.uniform_share + self.ramp_share else STAIRCASE
+        end = 0.0
+        for kind, share in (
+            (UNIFORM, self.uniform_share),
+            (RAMP, self.ramp_share),
+            (CONTINUED, self.continued_share),
+        ):
+            end += share
+            if at < end:
+                return kind
+        return STAIRCASE
 
     def _buffer(self, kind: int, segment: int) -> tuple[Tensor, Tensor]:
         """Positions and moving frames of a buffer; `segment` 0 ... N - 1 is the drawn one."""
@@ -134,6 +145,8 @@ class RolloutPlan:
             # The first video has no references yet: the frames that become them walk along.
             positions = torch.full_like(positions, segment * scheme.s)
             moving = torch.ones_like(moving)
+        elif kind == CONTINUED:
+            positions = torch.where(moving, segment * scheme.s, positions)
         elif kind == RAMP:
             waiting = positions - segment * scheme.s
             positions = torch.where(moving, waiting.clamp(min=0), positions)

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,30 +13,35 @@ import typer
 from pydantic import Field
 
 from evaluation.sprite_benchmark import (
-    AXES,
     SystemFigures,
-    accuracies,
-    agreement,
+    agreement_marks,
     background_flicker,
-    markdown,
+    marks_by_axis,
+    mean_marks,
     merge_seeds,
-    plot,
 )
+from evaluation.sprite_report import markdown, plot, verdicts
 from evaluation.sprites import SpritePrompt, SpriteWorldConfig, held_out_prompts
 from jobs.config import load_config
-from jobs.console import progress, say
-from jobs.evaluate import stream_batch
+from jobs.console import format_duration, progress, say
 from jobs.options import ConfigFile, Overrides
 from jobs.runtime import ray_runtime
-from jobs.sprite_models import SpriteModels, StageClock, make_sprite_data, train_sprite_models
-from streamdit.config import SamplingConfig, StreamDiTConfig, StrictModel
+from jobs.sprite_models import (
+    SpriteModels,
+    SpriteStages,
+    StageClock,
+    make_sprite_data,
+    train_sprite_models,
+)
+from jobs.sprite_systems import System, plan_systems, stream_costs
+from streamdit.config import StrictModel
 from streamdit.errors import UserError
-from streamdit.io import StreamingModel, read_model_config
+from streamdit.io import read_model_config
 from training.config import TrackingConfig
 
 BATCH = 8
 SEED_STRIDE = 100_000
-TIMED_FRAMES = 64
+STAGES_FILE = "stage-seconds.json"
 
 
 class SpriteBenchConfig(StrictModel):
@@ -61,15 +64,6 @@ class SpriteBenchConfig(StrictModel):
     where the models are made, of the noise alone where they are given."""
 
 
-@dataclass(frozen=True)
-class System:
-    """A model and how it is sampled."""
-
-    label: str
-    model: str
-    sampling: SamplingConfig
-
-
 def command(
     overrides: Overrides = None,
     out: Annotated[
@@ -79,11 +73,16 @@ def command(
         str, typer.Option("--preset", metavar="NAME", help="demo (two CPU cores) or large (GPU).")
     ] = "demo",
     teacher: Annotated[
-        Path | None,
-        typer.Option("--teacher", metavar="MODEL_DIR", help="Teacher; default: train one."),
+        list[Path] | None,
+        typer.Option(
+            "--teacher",
+            metavar="MODEL_DIR",
+            help="Teacher; repeat it, with its student, for further trainings; default: train one "
+            "for every seed.",
+        ),
     ] = None,
     student: Annotated[
-        Path | None,
+        list[Path] | None,
         typer.Option("--student", metavar="MODEL_DIR", help="Its student; default: distil one."),
     ] = None,
     config: ConfigFile = None,
@@ -96,85 +95,63 @@ def command(
     finished models and videos are kept.
 
     KEY=VALUE sets the benchmark's own keys (`prompts=16`, `seeds=2`) or those of a stage
-    (`train.steps=200`).
+    (`train.steps=200`). With given models only their world can be set (`world.held_out=32`): what
+    it held out is what they are asked for.
     """
     own = [text for text in overrides or () if text.split("=")[0] in SpriteBenchConfig.model_fields]
     bench = load_config(SpriteBenchConfig, stage="bench", preset=preset, file=config, overrides=own)
-    if (teacher is None) != (student is None):
-        raise UserError("--teacher and --student belong together; give both, or none")
     stages = [text for text in overrides or () if text not in own]
+    given = _given_models(teacher or (), student or (), bench.seeds)
+    settings = _stage_settings(bench, stages, given)
     out.mkdir(parents=True, exist_ok=True)
     with ray_runtime():
-        if teacher is None or student is None:
-            pairs, world = _make_models(bench, stages, out)
-        elif stages:
-            raise UserError(f"{stages[0]} sets how models are made, but both models are given")
-        else:
-            pairs, world = [SpriteModels(teacher, student)], SpriteWorldConfig()
+        pairs = given or _make_models(settings, bench.seeds, out)
         systems = [plan_systems(pair.teacher, pair.student) for pair in pairs]
-        figures = measure(systems * (bench.seeds // len(pairs)), bench, world, out)
-    report(figures, bench, pairs, out)
+        figures = measure(systems * (bench.seeds // len(pairs)), bench, settings.world, out)
+    report(figures, bench, pairs, out, made=not given)
 
 
-def _make_models(
-    bench: SpriteBenchConfig, overrides: Sequence[str], out: Path
-) -> tuple[list[SpriteModels], SpriteWorldConfig]:
-    """A teacher and its student for every seed, on one data set; finished ones are kept."""
+def _given_models(
+    teachers: Sequence[Path], students: Sequence[Path], seeds: int
+) -> list[SpriteModels]:
+    """The given pairs: one training that serves every seed, or one for each; or none."""
+    if len(teachers) != len(students):
+        raise UserError("--teacher and --student belong together; give both, or none")
+    if len(teachers) > 1 and len(teachers) != seeds:
+        raise UserError(
+            f"{len(teachers)} trainings are given for {seeds} seeds; set seeds={len(teachers)}, or "
+            "give one"
+        )
+    return [SpriteModels(*pair) for pair in zip(teachers, students, strict=True)]
+
+
+def _stage_settings(
+    bench: SpriteBenchConfig, overrides: Sequence[str], given: Sequence[SpriteModels]
+) -> SpriteStages:
+    """Settings of the world, and of the stages that make models where none are given."""
     from jobs.demo import DemoSettings
 
-    sections = ("ingest", "autoencoder", "train", "distill")
-    settings = load_config(
+    for text in overrides:
+        if given and not text.startswith("world."):
+            raise UserError(f"{text} sets how models are made, but the models are given")
+    return load_config(
         DemoSettings,
         stage="demo",
         preset=bench.models,
         overrides=[*bench.changes, *overrides],
-        sections=sections,
+        sections=("ingest", "autoencoder", "train", "distill"),
     )
+
+
+def _make_models(settings: SpriteStages, seeds: int, out: Path) -> list[SpriteModels]:
+    """A teacher and its student for every seed, on one data set; finished ones are kept."""
     tracking = TrackingConfig(directory=str(out / "mlflow"), experiment="streamdit-bench-sprites")
-    clock = StageClock(out / "stage-seconds.json", stages=4 + 2 * bench.seeds)
+    clock = StageClock(out / STAGES_FILE, stages=4 + 2 * seeds)
     data = make_sprite_data(settings, out, tracking, clock)
-    pairs = [
-        train_sprite_models(settings, data.dataset, out / f"seed-{seed}", tracking, clock, seed)
-        for seed in range(bench.seeds)
-    ]
-    return pairs, settings.world
-
-
-def plan_systems(teacher: Path, student: Path) -> list[System]:
-    """Full teacher, undistilled teacher at the student's steps, student; on the same buffer.
-
-    Raises:
-        UserError: if the student is not distilled, or from another teacher.
-    """
-    config, parent = read_model_config(student), read_model_config(teacher)
-    record = config.distilled
-    if record is None or record.teacher_sha256 != parent.weights_sha256:
-        raise UserError(
-            f"{student} was not distilled from {teacher}; give a student and its own teacher"
-        )
-    few = config.sampling
-    full = few.model_copy(
-        update={
-            "micro_steps": record.teacher_micro_steps,
-            "guidance_scale": record.teacher_guidance_scale,
-        }
-    )
-    steps = _steps(config, few)
     return [
-        System(
-            f"teacher, {_steps(config, full)} steps, guidance {full.guidance_scale:g}",
-            str(teacher),
-            full,
-        ),
-        System(f"teacher, {steps} steps, no guidance", str(teacher), few),
-        System(f"student, {steps} steps", str(student), few),
+        train_sprite_models(settings, data.dataset, out / f"seed-{seed}", tracking, clock, seed)
+        for seed in range(seeds)
     ]
-
-
-def _steps(config: StreamDiTConfig, sampling: SamplingConfig) -> int:
-    """Denoising steps of a frame, T."""
-    chunks = (config.model.buffer_frames - sampling.reference_frames) // sampling.chunk_frames
-    return chunks * sampling.micro_steps
 
 
 def measure(
@@ -213,7 +190,7 @@ def measure(
             videos[system.label, seed, frames] = _videos(system, seed, chosen, frames, out)
         shown(len(wanted), len(wanted), {})
     figures = []
-    costs = _costs(systems, short[0], len(by_seed), fps)
+    costs = stream_costs(systems, short[0], len(by_seed), fps)
     for system in systems:
         seeds = range(len(by_seed))
         first = [videos[system.label, seed, bench.frames] for seed in seeds]
@@ -221,19 +198,20 @@ def measure(
         best = [videos[systems[0].label, seed, bench.frames] for seed in seeds]
         drift = {
             buffers: [
-                _mean_accuracy(video, buffers * buffer, bench.frames, long, fps) for video in ends
+                _marks_from(video, buffers * buffer, bench.frames, long, fps) for video in ends
             ]
             for buffers in bench.drift_buffers
         }
         figures.append(
             SystemFigures(
                 label=system.label,
-                accuracy=merge_seeds([accuracies(made, short, fps) for made in first]),
-                flicker=[background_flicker(made) for made in first],
-                agreement=[
-                    agreement(made, other, fps) for made, other in zip(first, best, strict=True)
+                right=merge_seeds([marks_by_axis(made, short, fps) for made in first]),
+                same=[
+                    agreement_marks(made, other, fps)
+                    for made, other in zip(first, best, strict=True)
                 ],
                 drift=drift,
+                flicker=[background_flicker(made) for made in first],
                 evaluations_per_second=costs[system.label][0],
                 wall_per_second=costs[system.label][1],
             )
@@ -241,12 +219,11 @@ def measure(
     return figures
 
 
-def _mean_accuracy(
+def _marks_from(
     videos: np.ndarray, first: int, frames: int, prompts: Sequence[SpritePrompt], fps: float
-) -> float:
-    """Accuracy over all axes of the frames from `first` on."""
-    right = accuracies(videos[:, first : first + frames], prompts, fps)
-    return sum(right[axis] for axis in AXES) / len(AXES)
+) -> list[float]:
+    """Share of the axes that each video has right in the frames from `first` on."""
+    return mean_marks(marks_by_axis(videos[:, first : first + frames], prompts, fps))
 
 
 def _videos(
@@ -273,72 +250,24 @@ def _videos(
     )
 
 
-def _costs(
-    systems: Sequence[System], prompt: SpritePrompt, rounds: int, fps: float
-) -> dict[str, tuple[float, list[float]]]:
-    """Evaluations and wall times per second of video of one stream; the systems take turns.
-
-    Both are of the steady state: what twice as much video costs, less what once as much does.
-    """
-    import streamdit
-
-    models = {system.label: streamdit.load(system.model) for system in systems}
-    per_second = fps / TIMED_FRAMES
-    evaluations = {}
-    for system in systems:
-        once, twice = (
-            count_evaluations(models[system.label], system, prompt, frames)
-            for frames in (TIMED_FRAMES, 2 * TIMED_FRAMES)
-        )
-        evaluations[system.label] = (twice - once) * per_second
-    seconds: dict[str, list[float]] = {system.label: [] for system in systems}
-    for _ in range(rounds):
-        for system in systems:
-            once, twice = (
-                _time_stream(models[system.label], system, prompt, frames)
-                for frames in (TIMED_FRAMES, 2 * TIMED_FRAMES)
-            )
-            seconds[system.label].append((twice - once) * per_second)
-    return {label: (evaluations[label], seconds[label]) for label in evaluations}
-
-
-def count_evaluations(
-    model: StreamingModel, system: System, prompt: SpritePrompt, frames: int
-) -> int:
-    """Evaluations of a stream, as a hook on the network sees them; a batch row is one."""
-    rows: list[int] = []
-    hook = model.model.register_forward_hook(
-        lambda module, inputs, output: rows.append(len(output))
-    )
-    try:
-        stream_batch(model, system.sampling, [prompt.caption()], [0], frames, plain=True)
-    finally:
-        hook.remove()
-    return sum(rows)
-
-
-def _time_stream(model: StreamingModel, system: System, prompt: SpritePrompt, frames: int) -> float:
-    """Seconds that a stream takes, decoding included."""
-    started = time.perf_counter()
-    stream_batch(model, system.sampling, [prompt.caption()], [0], frames)
-    return time.perf_counter() - started
-
-
 def report(
     figures: Sequence[SystemFigures],
     bench: SpriteBenchConfig,
     pairs: Sequence[SpriteModels],
     out: Path,
+    made: bool,
 ) -> None:
-    """Write table, figures and plot, and show the table."""
-    kinds = "training, distillation and noise" if len(pairs) > 1 else "noise"
-    about = (
-        f"{bench.prompts} prompts whose combination training never showed, {bench.seeds} seeds of "
-        f"{kinds}, {bench.frames} frames each; drift on {bench.drift_prompts} of the prompts. "
-        "Intervals are 95 % over the seeds (Student's t); systems share prompts and noise. Wall "
-        "times are of one stream, the systems taking turns in one process."
-    )
-    text = markdown(figures, about)
+    """Write text, figures and plot, and show the text.
+
+    Args:
+        figures: of the three systems.
+        bench: how much was measured.
+        pairs: the models; one, or one for each seed.
+        out: folder of the benchmark.
+        made: whether the benchmark made the models.
+    """
+    stages = json.loads((out / STAGES_FILE).read_text()) if made else {}
+    text = markdown(figures, describe(figures, bench, len(pairs), made, sum(stages.values())))
     (out / "report.md").write_text(f"# Sprite benchmark\n\n![](report.svg)\n\n{text}")
     record = {
         "settings": bench.model_dump(mode="json"),
@@ -349,9 +278,57 @@ def report(
             }
             for pair in pairs
         ],
+        "stage_seconds": stages,
+        "verdicts": [one.model_dump(mode="json") for one in verdicts(figures)],
         "systems": [one.model_dump(mode="json") for one in figures],
     }
-    (out / "report.json").write_text(json.dumps(record, indent=2) + "\n")
+    (out / "report.json").write_text(json.dumps(record) + "\n")
     plot(figures, out / "report.svg")
     typer.echo(text)
     say(f"report: {out / 'report.md'}")
+
+
+def describe(
+    figures: Sequence[SystemFigures],
+    bench: SpriteBenchConfig,
+    trainings: int,
+    made: bool,
+    stage_seconds: float,
+) -> list[str]:
+    """What was measured on what, and what the intervals stand for.
+
+    Args:
+        figures: of the three systems.
+        bench: how much was measured.
+        trainings: pairs of models.
+        made: whether the benchmark made the models.
+        stage_seconds: how long that took.
+    """
+    prompts, seeds = len(figures[0].same[0]), len(figures[0].same)
+    long = len(next(iter(figures[0].drift.values()))[0]) if figures[0].drift else 0
+    measured = (
+        f"{prompts} prompts whose combination training never showed, {bench.frames} frames of each "
+        f"from the start of its stream; drift on {long} of the prompts. The systems share prompts "
+        "and noise. Wall times are of one stream alone, decoding included, the systems taking "
+        "turns in one process."
+    )
+    if seeds == 1:
+        sure = "One seed, one round of timing: single values."
+    else:
+        rounds = f"those of wall times over {seeds} rounds of timing"
+        if trainings == 1:
+            sure = f"{seeds} seeds of noise on one training; the intervals are of noise only, "
+        else:
+            kinds = "training, distillation and noise" if made else "noise on as many trainings"
+            sure = f"{seeds} seeds of {kinds}"
+            sure += ", on one world, data set and autoencoder; " if made else "; "
+            sure += "the intervals are over the seeds, "
+        sure += (
+            f"{rounds}. They are 95 %, by Student's t; a share's is at least as wide as that of "
+            "all its videos taken together."
+        )
+    paragraphs = [measured, sure]
+    if made:
+        took = format_duration(stage_seconds)
+        paragraphs.append(f"Making the models, from the world to the last student, took {took}.")
+    return paragraphs

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from distillation.config import DistillConfig
+from distillation.job import DistillationJob
 from distillation.objective import make_objective
 from distillation.plan import RolloutPlan, per_segment
 from jobs.config import load_config
@@ -25,6 +26,7 @@ from streamdit.config import (
 from streamdit.errors import UserError
 from streamdit.io import read_model_config
 from streamdit.partition import PartitionMixture
+from streamdit.schemes import behind_references, fills_behind_references
 from training.job import TrainJob
 
 
@@ -81,7 +83,7 @@ def distillation_job(
     scheme = plan.scheme
     starts: dict[str, StartKind] = {"uniform": "text-to-video", "ramp": "ramp"}
     taught = tuple(start for kind, start in starts.items() if kind in plan.buffer_kinds)
-    return TrainJob(
+    return DistillationJob(
         config=config,
         model=parent.model,
         partition=PartitionConfig(
@@ -101,9 +103,11 @@ def distillation_job(
         distilled=DistillationRecord(
             schemes=(DistilledScheme(chunk_frames=scheme.c, reference_frames=scheme.K),),
             starts=taught,
+            continues="continued" in plan.buffer_kinds,
             teacher_sha256=parent.weights_sha256,
             teacher_micro_steps=scheme.s,
             teacher_guidance_scale=sum(plan.guidance) / len(plan.guidance),
+            teacher_guidance_by_segment=plan.guidance if len(set(plan.guidance)) > 1 else (),
         ),
     )
 
@@ -131,6 +135,12 @@ def teacher_plan(config: DistillConfig, teacher: Path) -> RolloutPlan:
         raise UserError(
             f"teacher.uniform_share asks {teacher} for ordinary text-to-video, which its training "
             "mix lacks; set teacher.uniform_share=0 and teacher.ramp_share=0.2"
+        )
+    if "continued" in plan.buffer_kinds and not fills_behind_references(parent, plan.scheme):
+        raise UserError(
+            f"teacher.continued_share asks {teacher} to fill its buffer behind given references, "
+            f"which its training mix lacks; train it with {behind_references(plan.scheme)} in "
+            "partition.entries too, or set teacher.continued_share=0"
         )
     if config.segment_weights is not None:
         per_segment(config.segment_weights, plan.scheme, "segment_weights")

@@ -225,12 +225,13 @@ def read_start(
     if strength is not None and image is None and video is None:
         raise UserError("--strength needs something to leave; add --image FILE or --video FILE")
     strength = DEFAULT_STRENGTH if strength is None else strength
+    buffer = model.config.model.buffer_frames * model.autoencoder.identity.temporal_factor
     if image is not None:
         return model.guide(read_image(image), strength), None
     if video is not None:
-        return model.guide(read_source(video, model, frames), strength), None
+        # The last frames are made beside those of a whole buffer behind them.
+        return model.guide(read_source(video, model, frames + buffer), strength), None
     if extend is not None:
-        buffer = model.config.model.buffer_frames * model.autoencoder.identity.temporal_factor
         return None, model.latents(read_source(extend, model, buffer, from_end=True))
     return None, None
 

@@ -100,7 +100,7 @@ def _fit(job: TrainJob, own_runtime: bool) -> None:
         resources["GPU"] = 1
     _check_nodes(launch_config, len(_alive_nodes()), may_grow=not own_runtime)
     if own_runtime:  # a cluster may still grow: Ray then waits
-        _check_resources(resources, launch_config.workers, ray.cluster_resources())
+        check_resources(resources, launch_config.workers, ray.cluster_resources())
     trainer = TorchTrainer(
         _worker,
         train_loop_config={"job": job},
@@ -200,7 +200,7 @@ def _check_nodes(launch_config: LaunchConfig, nodes: int, may_grow: bool) -> Non
     )
 
 
-def _check_resources(needed: dict[str, float], workers: int, total: dict[str, float]) -> None:
+def check_resources(needed: dict[str, float], workers: int, total: dict[str, float]) -> None:
     """Refuse a job that the cluster could never start, instead of waiting for ever."""
     remedies = {
         "CPU": "lower launch.workers or launch.cpus_per_worker",

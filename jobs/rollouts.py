@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from distillation.config import DistillConfig
 from jobs.config import load_config
 from jobs.console import OnProgress, progress, say
 from jobs.distill import teacher_plan
+from jobs.launch import check_resources
 from jobs.options import Address, ConfigFile, Dataset, Overrides, Preset
 from jobs.runtime import ray_runtime
 from jobs.training_job import check_dataset
@@ -67,8 +69,9 @@ def command(
         DistillConfig, stage="distill", preset=preset, file=config, overrides=overrides or ()
     )
     check_dataset(dataset)
+    own_runtime = not (address or os.environ.get("RAY_ADDRESS"))
     with ray_runtime(address), progress("rollouts", unit="clips") as shown:
-        count = make_rollouts(dataset, teacher, out, settings, per_clip, shown)
+        count = make_rollouts(dataset, teacher, out, settings, per_clip, shown, own_runtime)
     say(f"rollouts: {out} ({count} of {per_clip} per clip)")
     say(f"next: streamdit distill {dataset} --teacher {teacher} --rollouts {out} --out DIR")
 
@@ -80,14 +83,26 @@ def make_rollouts(
     config: DistillConfig,
     per_clip: int,
     on_progress: OnProgress | None = None,
+    own_runtime: bool = False,
 ) -> int:
     """Write the rollouts that are missing, on Ray actors, then the manifest.
+
+    Args:
+        dataset: whose clips are noised.
+        teacher: model directory.
+        out: where the files go, on storage that all nodes share.
+        config: of the distillation.
+        per_clip: rollouts of each clip.
+        on_progress: told of clips done.
+        own_runtime: whether Ray runs for this call alone and will never have more nodes, so that
+            actors it has no room for are an error.
 
     Returns:
         Rollouts in the directory.
 
     Raises:
-        UserError: if the directory holds rollouts of something else, or the teacher does not fit.
+        UserError: if the directory holds rollouts of something else, the teacher does not fit, the
+            actors cannot be placed, or their files do not arrive.
     """
     import ray
 
@@ -100,16 +115,21 @@ def make_rollouts(
         "teacher_sha256": read_model_config(teacher).weights_sha256,
         "dataset_fingerprint": load_manifest(dataset).fingerprint,
         "plan": plan_record(teacher_plan(config, teacher)),
+        "seed": config.seed,
+        "precision": config.precision,
     }
-    _claim(out, record | {"seed": config.seed, "precision": config.precision})
+    _claim(out, record)
     units = plan_units(dataset, per_clip)
     missing = [unit for unit in units if not (out / unit.file).is_file()]
-    launch = config.launch
+    launch, workers = config.launch, min(config.launch.workers, len(missing))
+    if own_runtime:
+        needed = {"CPU": float(launch.cpus_per_worker), "GPU": float(launch.use_gpu)}
+        check_resources(needed, workers, ray.cluster_resources())
     actors = [
         ray.remote(num_cpus=launch.cpus_per_worker, num_gpus=int(launch.use_gpu), max_restarts=2)(
             RolloutActor
         ).remote(open_store(dataset).root, str(teacher.resolve()), str(out.resolve()), config)
-        for _ in range(min(launch.workers, len(missing)))
+        for _ in range(workers)
     ]
     total = sum(len(unit.positions) for unit in units)
     done = total - sum(len(unit.positions) for unit in missing)
@@ -117,6 +137,13 @@ def make_rollouts(
         done += len(unit.positions)
         if on_progress is not None:
             on_progress(done, total, {})
+    lacking = [unit.file for unit in units if not (out / unit.file).is_file()]
+    if lacking:
+        raise UserError(
+            f"{out / lacking[0]} (and {len(lacking) - 1} more) was made but is not there: the "
+            "actors run on nodes that do not share this folder; put --out on storage that all "
+            "nodes share"
+        )
     manifest = RolloutManifest(
         **record, per_clip=per_clip, files=tuple(unit.file for unit in units)
     )
@@ -158,23 +185,32 @@ def plan_units(dataset: DatasetPath, per_clip: int) -> list[Unit]:
 
 
 def _work_off(actors: Sequence[Any], units: Sequence[Unit]) -> Iterator[Unit]:
-    """Give every actor one unit at a time; yields the units as they are done."""
+    """Give every actor one unit at a time, once it is up; yields the units as they are done.
+
+    A cluster may have no room for some of the actors yet, or ever: the others do their part.
+    """
     import ray
 
     waiting = list(reversed(units))
+    starting = {actor.__ray_ready__.remote(): actor for actor in actors}
     running: dict[Any, tuple[Any, Unit]] = {}
-    for actor in actors:
-        unit = waiting.pop()
-        running[actor.make.options(max_task_retries=2).remote(unit)] = (actor, unit)
-    while running:
-        (finished,), _ = ray.wait(list(running), num_returns=1)
-        actor, unit = running.pop(finished)
+    while waiting or running:
+        (finished,), _ = ray.wait([*starting, *running], num_returns=1)
         ray.get(finished)
+        if finished in starting:
+            actor, done = starting.pop(finished), None
+        else:
+            actor, done = running.pop(finished)
         if waiting:
             following = waiting.pop()
             task = actor.make.options(max_task_retries=2).remote(following)
             running[task] = (actor, following)
-        yield unit
+        if not waiting:
+            for pending in starting.values():
+                ray.kill(pending)
+            starting.clear()
+        if done is not None:
+            yield done
 
 
 class RolloutActor:

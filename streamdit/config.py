@@ -247,12 +247,16 @@ class DistillationRecord(StrictModel):
     """Schemes, each with one step per chunk (s = 1) and without guidance (w = 1)."""
     starts: tuple[StartKind, ...] = Field(min_length=1)
     """Ways of filling the first buffer that it was taught."""
+    continues: bool = False
+    """Whether it was taught to fill its buffer behind the references of a given video, too."""
     teacher_sha256: str
     """Hash of the teacher's weights."""
     teacher_micro_steps: int = Field(gt=0)
     """Steps per chunk of the teacher, s."""
     teacher_guidance_scale: float = Field(ge=0)
     """Guidance weight of the teacher, w (the mean of the segments' weights)."""
+    teacher_guidance_by_segment: tuple[float, ...] = ()
+    """Its weight for each noise segment, where these differ."""
 
 
 class AutoencoderIdentity(StrictModel):

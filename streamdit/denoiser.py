@@ -97,11 +97,12 @@ class Denoiser:
         self.scheme = scheme
         self.latent_shape = latent_shape
         self.seeds = list(seeds)
+        self.gamma = gamma or GammaConfig()
         self.guidance_scale = guidance_scale
         self.device = torch.device(device)
         self.guide = start.guide
         self.schedule = StreamSchedule(
-            scheme, gamma, start.kind, references_given=start.references is not None
+            scheme, self.gamma, start.kind, references_given=start.references is not None
         ).to(self.device)
         self._velocity_at: StepVelocity = PlainVelocity(model, self.schedule.levels, guidance_scale)
         self._text: TextStates | None = None
@@ -210,7 +211,7 @@ class Denoiser:
         velocity = self._velocity_at(self._buffer, row)
         if followed is None:
             return velocity
-        mask = per_frame(followed.to(self.device))
+        mask = per_frame(to_device(followed, self.device))
         return torch.where(mask, self._guide_velocity.to(velocity), velocity)
 
     def _followed(self, row: int) -> Tensor | None:
@@ -273,6 +274,7 @@ class Denoiser:
         return {
             **vars(self.scheme),
             "latent_shape": tuple(self.latent_shape),
+            "gamma": self.gamma.model_dump(),
             "guidance_scale": self.guidance_scale,
             "start": self.schedule.start,
             "references_given": self.schedule.references_given,
@@ -282,15 +284,15 @@ class Denoiser:
         """Continue exactly from a :meth:`state` of a denoiser that was made alike.
 
         Raises:
-            UserError: if the state is that of another scheme, latent, guidance, start or batch.
+            UserError: if the state is that of another scheme, latent, noise schedule, guidance,
+                start or batch.
         """
         theirs = {**state["plan"], "videos": len(state["seeds"])}
-        mine = {**self._plan(), "videos": len(self.seeds)}
-        for name, value in theirs.items():
-            if value != mine[name]:
+        for name, value in {**self._plan(), "videos": len(self.seeds)}.items():
+            if theirs.get(name) != value:
                 raise UserError(
-                    f"the saved stream has {name}={value} but this one {mine[name]}; start it "
-                    "with the settings that it was saved with"
+                    f"the saved stream has {name}={theirs.get(name)} but this one {value}; start "
+                    "it with the settings that it was saved with"
                 )
         self.seeds = list(state["seeds"])
         self._step = state["step"]

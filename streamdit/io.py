@@ -287,7 +287,28 @@ class StreamingModel:
         """
         sampling = sampling or self.config.sampling
         denoiser = self._unprompted([seed], sampling, guide, history, fast)
-        return Stream(denoiser, self.autoencoder, self.text_encoders, prompt, history, decoder)
+        return self._stream(denoiser, prompt, history, decoder)
+
+    def _stream(
+        self,
+        denoiser: Denoiser,
+        prompt: str,
+        history: Tensor | None,
+        decoder: DecoderConfig | None,
+    ) -> Stream:
+        """A stream of this model's."""
+        return Stream(
+            denoiser,
+            self.autoencoder,
+            self.text_encoders,
+            prompt,
+            history,
+            decoder,
+            identity={
+                "weights": self.config.weights_sha256,
+                "autoencoder weights": self.config.autoencoder.sha256,
+            },
+        )
 
     def latents(self, frames: np.ndarray) -> Tensor:
         """Normalised latents `[1, f, C, h, w]` of frames uint8 `[n, H, W, 3]`, fitted in size."""
@@ -315,7 +336,8 @@ class StreamingModel:
         """Continue a stream that :meth:`Stream.save` wrote, bit for bit, in this process.
 
         Raises:
-            UserError: if the file is none, or the model does not serve its scheme.
+            UserError: if the file is none, the model does not serve its scheme, or another model
+                made it.
         """
         state = load_state(path, self.device)
         plan = state["denoiser"]["plan"]
@@ -329,9 +351,7 @@ class StreamingModel:
         given = (1, plan["K"], *self.latent_shape) if plan["references_given"] else None
         references = torch.zeros(given, device=self.device) if given else None
         denoiser = self._unprompted(state["denoiser"]["seeds"], sampling, None, references, fast)
-        stream = Stream(
-            denoiser, self.autoencoder, self.text_encoders, state["prompt"], decoder=decoder
-        )
+        stream = self._stream(denoiser, state["prompt"], None, decoder)
         stream.restore(state)
         return stream
 

@@ -91,21 +91,30 @@ def check_references(
             f"the video to continue has {references.shape[1]} latent frames but the scheme needs "
             f"K={scheme.K} references; give a longer video"
         )
-    if not _fills_behind_references(config, scheme):
-        entry = f"{{chunk_frames: {scheme.N * scheme.c}, reference_frames: {scheme.K}}}"
+    if not fills_behind_references(config, scheme):
+        remedy = (
+            f"train one with {behind_references(scheme)} in partition.entries too"
+            if config.distilled is None
+            else "distil one with teacher.continued_share (about 0.2)"
+        )
         raise UserError(
             f"this model cannot continue a video with K={scheme.K} c={scheme.c}: it has not learnt "
-            f"to fill the buffer behind the references all at one level; train one with {entry} in "
-            "partition.entries too, or follow the video with a strength instead"
+            f"to fill the buffer behind the references all at one level; {remedy}, or follow the "
+            "video with a strength instead"
         )
     return references[:, -scheme.K :]
 
 
-def _fills_behind_references(config: StreamDiTConfig, scheme: PartitionScheme) -> bool:
+def fills_behind_references(config: StreamDiTConfig, scheme: PartitionScheme) -> bool:
     """Whether the model knows references before frames of one level, as such a stream begins."""
     if scheme.N == 1:
         return True
     if config.distilled is not None:
-        return False  # in distillation the frames that become references walk along
+        return config.distilled.continues
     mixture = PartitionMixture(config.partition, scheme.buffer_frames)
     return any((known.K, known.N) == (scheme.K, 1) for known in mixture.schemes)
+
+
+def behind_references(scheme: PartitionScheme) -> str:
+    """Entry of a training mix that teaches this, for messages."""
+    return f"{{chunk_frames: {scheme.N * scheme.c}, reference_frames: {scheme.K}}}"

@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from streamdit.autoencoder.base import Autoencoder
 
 
+ENCODED_LATENTS = 8
+"""Latent frames that are encoded at a time: a long video takes no more memory than a short one."""
+
+
 @dataclass(frozen=True)
 class Guide:
     """A video that a stream follows for the first part of every frame's way (SDEdit).
@@ -120,9 +124,15 @@ def encode_frames(autoencoder: Autoencoder, bucket: BucketConfig, frames: np.nda
         )
     scale = identity.spatial_factor
     fitted = fit_frames(frames[:count], bucket.height * scale, bucket.width * scale)
-    if identity.first_frame_alone:
+    alone = int(identity.first_frame_alone)
+    if alone:
         fitted = np.concatenate([fitted[:1], fitted])
     device = next(autoencoder.parameters()).device
-    video = torch.from_numpy(fitted).to(device).movedim(-1, 1)[None].float() / 127.5 - 1.0
-    latents = autoencoder.normalise(autoencoder.encode(video))
-    return latents[:, int(identity.first_frame_alone) :]
+    # The first window has the frame that is encoded alone too.
+    ends = range(alone + ENCODED_LATENTS * factor, len(fitted), ENCODED_LATENTS * factor)
+    state, latents = None, []
+    for window in np.split(fitted, list(ends)):
+        video = torch.from_numpy(window).to(device).movedim(-1, 1)[None].float() / 127.5 - 1.0
+        encoded, state = autoencoder.encode_next(video, state)
+        latents.append(autoencoder.normalise(encoded))
+    return torch.cat(latents, dim=1)[:, alone:]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,6 +61,8 @@ class Stream(Iterator[StreamChunk]):
         history: latents `[1, f, C, h, w]`, normalised, that were played before the stream, for
             the decoder to go on from without a seam.
         decoder: how to decode.
+        identity: hashes of the weights behind the stream, by what they are the weights of; a saved
+            stream is continued with the same only.
     """
 
     def __init__(
@@ -71,6 +73,7 @@ class Stream(Iterator[StreamChunk]):
         prompt: str,
         history: Tensor | None = None,
         decoder: DecoderConfig | None = None,
+        identity: Mapping[str, str] | None = None,
     ) -> None:
         if len(denoiser.seeds) != 1:
             raise UserError(
@@ -80,6 +83,7 @@ class Stream(Iterator[StreamChunk]):
         self.denoiser = denoiser
         self.autoencoder = autoencoder
         self.text_encoders = text_encoders
+        self.identity = dict(identity or {})
         self.prompt_version = -1
         self._decoder = ChunkDecoder(autoencoder, denoiser.device, decoder)
         self._overlap = decoder is not None and decoder.overlap
@@ -125,6 +129,7 @@ class Stream(Iterator[StreamChunk]):
         if self._ahead is not None:
             ahead = {**vars(self._ahead), "frames": torch.from_numpy(self._ahead.frames.wait())}
         return {
+            "identity": dict(self.identity),
             "denoiser": self.denoiser.state(),
             "decoder": self._decoder.state,
             "ahead": ahead,
@@ -134,7 +139,19 @@ class Stream(Iterator[StreamChunk]):
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Continue exactly from a :meth:`state`."""
+        """Continue exactly from a :meth:`state`.
+
+        Raises:
+            UserError: if it is that of another model, or of another kind of stream.
+        """
+        theirs = state.get("identity", {})
+        for name in sorted({*theirs, *self.identity}):
+            saved, mine = (known.get(name) or "unknown" for known in (theirs, self.identity))
+            if saved != mine:
+                raise UserError(
+                    f"the saved stream was made with the {name} of SHA-256 {saved[:12]} but these "
+                    f"are {mine[:12]}; continue it with the model that made it"
+                )
         self.denoiser.restore(state["denoiser"])
         self._decoder.state = state["decoder"]
         self._ahead = None

@@ -14,6 +14,9 @@ from streamdit.config import AutoencoderIdentity
 DecoderState = Any
 """What a decoder carries from one chunk of latents to the next; owned by the stream."""
 
+EncoderState = Any
+"""What an encoder carries from one window of frames to the next."""
+
 
 class Autoencoder(nn.Module, ABC):
     """Causal video autoencoder.
@@ -36,6 +39,24 @@ class Autoencoder(nn.Module, ABC):
 
         Returns:
             Raw latents `[b, f, C, H / spatial, W / spatial]`.
+        """
+
+    @abstractmethod
+    def encode_next(
+        self, frames: Tensor, state: EncoderState | None = None
+    ) -> tuple[Tensor, EncoderState]:
+        """Encode the next frames of a long clip.
+
+        Encoding a clip window by window, handing `state` on, equals encoding it whole, in the
+        memory of a window.
+
+        Args:
+            frames: `[b, t, 3, H, W]` as for :meth:`encode` at the beginning of a clip; then any
+                multiple of the temporal factor.
+            state: what the previous call returned, or None at the beginning. It is not modified.
+
+        Returns:
+            Raw latents `[b, f, C, H / spatial, W / spatial]`, and the next state.
         """
 
     @abstractmethod

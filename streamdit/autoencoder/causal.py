@@ -27,7 +27,7 @@ SPATIAL_FACTOR = 8
 FACTORS: Triple = (TEMPORAL_FACTOR, SPATIAL_FACTOR, SPATIAL_FACTOR)
 
 CausalState = tuple[Tensor, ...]
-"""Last frames `[b, c, kt - 1, h, w]` that each convolution of the decoder saw, in running order."""
+"""Last frames `[b, c, kt - 1, h, w]` that each convolution saw, in running order."""
 
 
 class CausalAutoencoderConfig(StrictModel):
@@ -99,10 +99,20 @@ class CausalAutoencoder(Autoencoder):
         """
         return self.posterior(frames)[0]
 
+    def encode_next(
+        self, frames: Tensor, state: CausalState | None = None
+    ) -> tuple[Tensor, CausalState]:
+        """Encode the next 4k frames of a long clip; see :meth:`Autoencoder.encode_next`."""
+        history = History(state, keep=True)
+        return self._posterior(frames, history)[0], tuple(history.kept)
+
     def posterior(self, frames: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log variance, each `[b, f, C, h, w]`, of the latents of `frames`."""
+        return self._posterior(frames, History())
+
+    def _posterior(self, frames: Tensor, history: History) -> tuple[Tensor, Tensor]:
         check_clip(frames)
-        moments = self.encoder(frames.transpose(1, 2).to(self.dtype), History())
+        moments = self.encoder(frames.transpose(1, 2).to(self.dtype), history)
         mean, logvar = moments.transpose(1, 2).to(frames.dtype).chunk(2, dim=2)
         return mean, logvar.clamp(-20.0, 10.0)
 

@@ -23,7 +23,7 @@ WAN_CLASS = "AutoencoderKLWan"
 TEMPORAL_FACTOR = 4
 
 WanState = tuple[Any, ...]
-"""diffusers' feature cache of the decoder: per convolution a tensor, None, or the mark "Rep"."""
+"""diffusers' feature cache: per convolution a tensor, None, or the mark "Rep"."""
 
 
 class WanAutoencoder(Autoencoder):
@@ -64,14 +64,23 @@ class WanAutoencoder(Autoencoder):
         Raises:
             UserError: if the clip's length or size does not fit.
         """
+        return self.encode_next(frames)[0]
+
+    def encode_next(self, frames: Tensor, state: WanState | None = None) -> tuple[Tensor, WanState]:
+        """Encode the next frames of a long clip; see :meth:`Autoencoder.encode_next`.
+
+        The first frame of a clip makes a latent frame, then every four.
+        """
         from diffusers.models.autoencoders.autoencoder_kl_wan import patchify
 
-        self._check_clip(frames)
+        alone = 1 if state is None else 0
+        self._check_clip(frames, alone)
         video = frames.transpose(1, 2).to(self.vae.dtype)  # [b, 3, t, H, W]
         if self.patch > 1:
             video = patchify(video, patch_size=self.patch)
-        cache: list[Any] = [None] * causal_convolutions(self.vae.encoder)
-        groups = [video[:, :, :1], *video[:, :, 1:].split(TEMPORAL_FACTOR, dim=2)]
+        # As in decoding, entries are replaced and never written into.
+        cache = [None] * causal_convolutions(self.vae.encoder) if state is None else list(state)
+        groups = [video[:, :, :alone], *video[:, :, alone:].split(TEMPORAL_FACTOR, dim=2)]
         features = [
             self.vae.encoder(group, feat_cache=cache, feat_idx=[0])
             for group in groups
@@ -79,7 +88,7 @@ class WanAutoencoder(Autoencoder):
         ]
         moments = self.vae.quant_conv(torch.cat(features, dim=2))
         mean = moments.chunk(2, dim=1)[0]
-        return mean.transpose(1, 2).to(frames.dtype)
+        return mean.transpose(1, 2).to(frames.dtype), tuple(cache)
 
     def decode(self, latents: Tensor, state: WanState | None = None) -> tuple[Tensor, WanState]:
         """Decode the next latents of a stream; see :meth:`Autoencoder.decode`.
@@ -108,12 +117,15 @@ class WanAutoencoder(Autoencoder):
             video = unpatchify(video, patch_size=self.patch)
         return video.clamp(-1.0, 1.0).transpose(1, 2).to(latents.dtype), tuple(cache)
 
-    def _check_clip(self, frames: Tensor) -> None:
+    def _check_clip(self, frames: Tensor, alone: int) -> None:
+        """Refuse a clip that is not `alone` + 4k frames, or of a size that does not divide."""
         t, _, height, width = frames.shape[1:]
-        if t % TEMPORAL_FACTOR != 1:
+        if t % TEMPORAL_FACTOR != alone or t == 0:
+            groups = max(0, t - alone) // TEMPORAL_FACTOR
             raise UserError(
-                f"clip frames {t} do not fit the wan autoencoder, which takes 1 + 4k; cut the clip "
-                f"to {max(0, t - 1) // TEMPORAL_FACTOR * TEMPORAL_FACTOR + 1} frames"
+                f"clip frames {t} do not fit the wan autoencoder, which takes "
+                f"{'1 + 4k' if alone else '4k behind the first'}; cut the clip to "
+                f"{max(1 - alone, groups) * TEMPORAL_FACTOR + alone} frames"
             )
         factor = self.identity.spatial_factor
         if height % factor or width % factor:

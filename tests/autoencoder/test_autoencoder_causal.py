@@ -103,6 +103,20 @@ def test_decoding_chunk_by_chunk_equals_decoding_whole(
     torch.testing.assert_close(autoencoder.reconstruct(latents(6)), whole)
 
 
+@pytest.mark.parametrize("windows", [(4, 4, 4, 4, 4, 4), (8, 16), (4, 12, 8)])
+def test_encoding_window_by_window_equals_encoding_whole(
+    autoencoder: CausalAutoencoder, windows: tuple[int, ...]
+):
+    whole = autoencoder.encode(video(24))
+    state, parts = None, []
+    for window in video(24).split(windows, dim=1):
+        encoded, state = autoencoder.encode_next(window, state)
+        parts.append(encoded)
+    torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=1e-5, atol=1e-5)
+    alone = autoencoder.encode(video(24)[:, -windows[-1] :])
+    assert not torch.allclose(parts[-1], alone, rtol=1e-4, atol=1e-4), "the past is seen"
+
+
 def test_interleaved_streams_decode_independently(autoencoder: CausalAutoencoder):
     whole = [autoencoder.decode(latents(4, seed))[0] for seed in (1, 2)]
     states, parts = [None, None], [[], []]

@@ -74,6 +74,19 @@ def test_encoding_equals_diffusers(wan: WanAutoencoder, frames: int):
     torch.testing.assert_close(encoded, expected)
 
 
+@pytest.mark.parametrize("windows", [(1, 4, 4, 4), (5, 8), (9, 4)])
+def test_encoding_window_by_window_equals_encoding_whole(
+    wan: WanAutoencoder, windows: tuple[int, ...]
+):
+    state, parts = None, []
+    for window in clip(wan, 13).split(windows, dim=1):
+        encoded, state = wan.encode_next(window, state)
+        parts.append(encoded)
+    torch.testing.assert_close(torch.cat(parts, dim=1), wan.encode(clip(wan, 13)))
+    with pytest.raises(UserError, match="4k behind the first; cut the clip to 4"):
+        wan.encode_next(clip(wan, 5), state)
+
+
 @pytest.mark.parametrize("chunks", [(5,), (1, 1, 1, 1, 1), (2, 3), (3, 1, 1)])
 def test_decoding_chunk_by_chunk_equals_diffusers_whole(
     wan: WanAutoencoder, chunks: tuple[int, ...]

@@ -2,10 +2,12 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from latent_dataset import write_dataset
@@ -74,6 +76,8 @@ def test_cached_target_is_the_live_target_of_the_same_draws(folder, actor, tmp_p
         "teacher_sha256": "",
         "dataset_fingerprint": "",
         "plan": {},
+        "seed": 0,
+        "precision": "float32",
         "per_clip": 1,
         "files": ["one.parquet"],
     }
@@ -140,9 +144,13 @@ def test_rollouts_of_another_teacher_plan_or_data_set_are_refused(folder, rollou
     other = teacher_plan(settings(teacher={"chunk_frames": 2, "micro_steps": 2}), folder / "model")
     with pytest.raises(UserError, match="was made with scheme="):
         cached.check_fits(other, parent, data)
-    bigger = write_dataset(tmp_path / "bigger", clips=30)
-    with pytest.raises(UserError, match="has no rollout of clip clip-024"):
-        cached.check_fits(plan, parent, bigger)
+    grown = write_dataset(tmp_path / "grown", clips=30)
+    manifest = (grown / "manifest.json").read_text()
+    (grown / "manifest.json").write_text(manifest.replace('"test"', '"grown"'))
+    with pytest.raises(UserError, match="was made from data set test, not from grown"):
+        cached.check_fits(plan, parent, grown)
+    with pytest.raises(UserError, match="holds rollouts with another dataset_fingerprint"):
+        make_rollouts(grown, folder / "model", rollouts_dir, settings(), 2)
     with pytest.raises(UserError, match="holds no finished rollouts"):
         CachedRollouts(tmp_path)
     with pytest.raises(UserError, match="holds rollouts with another plan"):
@@ -153,6 +161,67 @@ def test_rollouts_of_another_teacher_plan_or_data_set_are_refused(folder, rollou
             settings(teacher={"chunk_frames": 2, "micro_steps": 2}),
             2,
         )
+
+
+def test_rollouts_are_known_to_a_run_by_what_they_hold(folder, rollouts_dir, tmp_path):
+    """A moved folder is the same run; another number of rollouts, or other draws, is not."""
+
+    def fingerprint(directory):
+        config = settings(rollouts=str(directory))
+        return distillation_job(
+            config, folder / "data", folder / "model", tmp_path / "out"
+        ).fingerprint()
+
+    known = fingerprint(rollouts_dir)
+    moved = shutil.copytree(rollouts_dir, tmp_path / "moved")
+    assert fingerprint(moved) == known
+    manifest = json.loads((moved / "manifest.json").read_text())
+    for change in ({"per_clip": 3}, {"seed": 1}):
+        (moved / "manifest.json").write_text(json.dumps(manifest | change))
+        assert fingerprint(moved) != known
+    (moved / "manifest.json").unlink()
+    with pytest.raises(UserError, match="holds no finished rollouts"):
+        fingerprint(moved)
+
+
+def test_rollouts_are_stored_as_they_are_read(rollouts_dir):
+    """Without compression, so that a mapped file is read without a copy."""
+    file = pq.ParquetFile(next(rollouts_dir.glob("*.parquet")))
+    columns = file.metadata.row_group(0)
+    found = {columns.column(index).compression for index in range(columns.num_columns)}
+    assert found == {"UNCOMPRESSED"}
+
+
+@pytest.fixture
+def one_cpu():
+    """A Ray runtime with room for one actor."""
+    import ray
+
+    ray.init(address="local", num_cpus=1, include_dashboard=False, logging_level="ERROR")
+    yield
+    ray.shutdown()
+
+
+@pytest.mark.timeout(120)
+def test_actors_that_find_no_room_leave_their_part_to_the_others(folder, one_cpu, tmp_path):
+    wide = settings(launch={"workers": 3})
+    with pytest.raises(UserError, match="3 workers need 3 CPU but this machine has 1"):
+        make_rollouts(
+            folder / "data", folder / "model", tmp_path / "own", wide, 4, own_runtime=True
+        )
+    count = make_rollouts(folder / "data", folder / "model", tmp_path / "out", wide, 4)
+    assert count == 4 * 24
+    assert len(CachedRollouts(tmp_path / "out").manifest.files) == 8
+
+
+def test_manifest_is_not_written_before_every_file_has_arrived(folder, tmp_path, monkeypatch):
+    """As when actors on other nodes write into a folder of their own."""
+    import jobs.rollouts
+
+    monkeypatch.setattr(jobs.rollouts, "_work_off", lambda actors, units: iter(units))
+    with ray_runtime(), pytest.raises(UserError, match=r"and 1 more\) was made but is not there"):
+        make_rollouts(folder / "data", folder / "model", tmp_path, settings(), 1)
+    assert not (tmp_path / "manifest.json").exists()
 
 
 def test_drift_is_refused_for_rollouts_made_beforehand(folder, tmp_path):
@@ -216,6 +285,14 @@ def test_distillation_from_rollouts_needs_no_teacher(folder, rollouts_dir, tmp_p
     assert len(losses) == 3
     student = read_model_config(tmp_path / "out" / "model")
     assert student.distilled.teacher_sha256 == read_model_config(folder / "model").weights_sha256
+
+
+@pytest.mark.slow
+def test_one_unguided_step_leaves_a_student_nothing_to_learn(folder, tmp_path):
+    """At first the student is the teacher, so where both take the same step the loss is zero."""
+    teacher = {"chunk_frames": 1, "micro_steps": 1, "guidance_scale": 1.0}
+    losses = distil(folder, tmp_path / "out", 1, teacher=teacher)
+    assert losses[1] < 1e-8
 
 
 @pytest.mark.slow

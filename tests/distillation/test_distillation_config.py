@@ -30,6 +30,8 @@ def test_distillation_without_a_way_to_start_is_refused():
         TeacherConfig(chunk_frames=1, micro_steps=2, reference_frames=1, ramp_share=0.1)
     with pytest.raises(ValidationError, match="together exceed 1"):
         TeacherConfig(chunk_frames=1, micro_steps=2, uniform_share=0.7, ramp_share=0.7)
+    with pytest.raises(ValidationError, match="reference_frames is 0; set reference_frames"):
+        TeacherConfig(chunk_frames=1, micro_steps=2, continued_share=0.1)
 
 
 def test_share_is_linear_between_points_and_constant_outside():
@@ -64,6 +66,27 @@ def test_student_says_what_it_was_distilled_for(folder):
     assert (record.teacher_micro_steps, record.teacher_guidance_scale) == (2, 3.0)
     assert (job.sampling.micro_steps, job.sampling.guidance_scale) == (1, 1.0)
     assert job.sampling.start == "text-to-video"
+
+    assert record.teacher_guidance_by_segment == (2.0, 4.0)
+    assert not record.continues
+
+
+def test_student_says_whether_it_was_taught_to_continue_a_video(folder, tmp_path):
+    entries = [PartitionEntry(chunk_frames=c, reference_frames=2) for c in (1, 2)]
+    first = PartitionEntry(chunk_frames=4)
+    config = settings(teacher={"reference_frames": 2, "continued_share": 0.2})
+    knows = PartitionConfig(entries=(first, *entries))
+    teacher = write_model_directory(tmp_path / "knows", partition=knows)
+    job = distillation_job(config, folder / "data", teacher, folder / "out")
+    assert job.distilled.continues
+    lacks = PartitionConfig(entries=(first, entries[0]))
+    teacher = write_model_directory(tmp_path / "lacks", partition=lacks)
+    with pytest.raises(UserError, match=r"train it with \{chunk_frames: 2, reference_frames: 2\}"):
+        distillation_job(config, folder / "data", teacher, folder / "out")
+    plain = settings(teacher={"reference_frames": 2})
+    assert not distillation_job(plain, folder / "data", teacher, folder / "out").distilled.continues
+    # Runs that do not ask for it are the runs that they were before it could be asked for.
+    assert "continued_share" not in plain.model_dump()["teacher"]
 
 
 def test_number_of_weights_must_be_the_number_of_segments(folder):

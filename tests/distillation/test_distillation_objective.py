@@ -47,9 +47,10 @@ def width_of_path(tau):
     return ((tau * SPREAD).square() + (1 - tau).square()).sqrt()
 
 
-def plan_for(scheme, w=1.0, uniform=0.2, gamma=LINEAR, ramp=0.0, drift=None):
+def plan_for(scheme, w=1.0, uniform=0.2, gamma=LINEAR, ramp=0.0, continued=0.0, drift=None):
     guidance = w if isinstance(w, tuple) else (w,) * scheme.N
-    return RolloutPlan(scheme, gamma, 0.0, guidance, uniform, ramp, drift or DriftConfig())
+    drift = drift or DriftConfig()
+    return RolloutPlan(scheme, gamma, 0.0, guidance, uniform, ramp, continued, drift)
 
 
 def distillation(teacher, scheme, weights=None, **options):
@@ -195,6 +196,27 @@ def test_share_of_ramp_buffers_holds_every_stage_of_the_start_and_waiting_frames
     for row, moving in zip(draws["positions"].tolist(), draws["moving"].tolist(), strict=True):
         if row == [4, 2, 0, 0]:
             assert moving == [True, True, True, False]
+
+
+def test_continued_buffers_fill_behind_clean_references_with_the_exact_target():
+    """Every stage of the start behind a given video, and the teacher's answer to each."""
+    scheme = PartitionScheme(K=2, N=3, c=2, s=300)
+    objective = distillation(gaussian_teacher, scheme, uniform=0.2, continued=0.5)
+    draws = draws_for(objective, 40)
+    continued = draws["kind"] == 3
+    assert abs(continued.float().mean() - 0.5) < 0.2
+    rows = {tuple(row) for row in draws["positions"][continued].tolist()}
+    assert rows == {(900, 900, *(300 * segment,) * 6) for segment in range(3)}
+    assert draws["moving"][continued].tolist() == [[False] * 2 + [True] * 6] * int(continued.sum())
+    latents = torch.randn(40, *SHAPE)
+    rollout = objective.source(None, batch_of(latents), draws)
+    start, target = rollout.start[continued], rollout.target[continued]
+    assert torch.equal(start[:, :2], latents[continued][:, :2])
+    assert torch.all(target[:, :2] == 0)
+    tau = draws["positions"][continued][:, 2:] / 900
+    factor = (width_of_path(tau + 1 / 3) / width_of_path(tau) - 1) * 3
+    expected = per_frame(factor) * start[:, 2:]
+    torch.testing.assert_close(target[:, 2:], expected, rtol=0.02, atol=0.03)
 
 
 def test_buffers_are_clips_noised_to_their_levels():

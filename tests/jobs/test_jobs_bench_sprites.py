@@ -6,8 +6,8 @@ import pytest
 from model_directory import write_model_directory
 from typer.testing import CliRunner
 
-from jobs.bench_sprites import plan_systems
 from jobs.cli import app
+from jobs.sprite_systems import plan_systems
 from streamdit.config import DistillationRecord, DistilledScheme, SamplingConfig
 from streamdit.errors import UserError
 from streamdit.io import read_model_config
@@ -22,7 +22,10 @@ def run(*arguments):
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     """A teacher and a student with the same random weights."""
-    folder = tmp_path_factory.mktemp("models")
+    return write_pair(tmp_path_factory.mktemp("models"))
+
+
+def write_pair(folder, **changes):
     for name in ("teacher", "student"):
         (folder / name).mkdir()
     teacher = write_model_directory(folder / "teacher")
@@ -32,6 +35,7 @@ def models(tmp_path_factory):
         teacher_sha256=read_model_config(teacher).weights_sha256,
         teacher_micro_steps=3,
         teacher_guidance_scale=2.0,
+        **changes,
     )
     sampling = SamplingConfig(chunk_frames=1, micro_steps=1)
     return teacher, write_model_directory(folder / "student", distilled=record, sampling=sampling)
@@ -49,6 +53,12 @@ def test_systems_share_the_buffer_and_differ_in_steps_and_guidance(models):
         plan_systems(models[1], models[0])
 
 
+def test_teacher_with_weights_by_segment_is_named_as_what_stands_for_it(tmp_path):
+    weights = (1.0, 2.0, 2.0, 3.0)
+    systems = plan_systems(*write_pair(tmp_path, teacher_guidance_by_segment=weights))
+    assert systems[0].label == "teacher, 12 steps, guidance 2 (mean of its weights by segment)"
+
+
 def test_report_counts_evaluations_and_compares_on_the_same_noise(models, tmp_path):
     settings = ("prompts=2", "frames=8", "drift_prompts=1", "drift_buffers=[1]", "seeds=2")
     options = ("--teacher", models[0], "--student", models[1], "--out", tmp_path)
@@ -63,12 +73,40 @@ def test_report_counts_evaluations_and_compares_on_the_same_noise(models, tmp_pa
     assert few["accuracy"] == student["accuracy"]
     assert few["drift"] == student["drift"]
     assert full["agreement"] == [1.0, 1.0]
-    assert "| points, paired by seed |" in (tmp_path / "report.md").read_text()
+    text = (tmp_path / "report.md").read_text()
+    assert "2 seeds of noise on one training; the intervals are of noise only" in text
+    assert "those of wall times over 2 rounds of timing" in text
+    assert [one["axis"] for one in record["verdicts"]] == list(full["right"])
     assert (tmp_path / "report.svg").stat().st_size > 1000
     videos = sorted((tmp_path / "videos").iterdir())
     made = [video.stat().st_mtime_ns for video in videos]
     run("bench", "sprites", *settings, *options)
     assert made == [video.stat().st_mtime_ns for video in videos]
+
+
+def test_given_models_are_asked_for_what_their_world_held_out(models, tmp_path):
+    settings = ("prompts=8", "frames=8", "drift_prompts=1", "drift_buffers=[1]", "seeds=1")
+    options = ("--teacher", models[0], "--student", models[1], "--out", tmp_path)
+    result = run("bench", "sprites", *settings, "world.held_out=3", *options)
+    assert result.exit_code == 0, result.output
+    text = (tmp_path / "report.md").read_text()
+    assert text.count("interval") == 0
+    assert "\n3 prompts whose combination" in text
+    result = run("bench", "sprites", *settings, "train.steps=3", *options)
+    assert result.exit_code == 2
+    assert "train.steps=3 sets how models are made, but the models are given" in result.output
+
+
+def test_trainings_are_given_one_for_each_seed(models, tmp_path):
+    pair = ("--teacher", models[0], "--student", models[1])
+    result = run("bench", "sprites", "seeds=3", *pair, *pair, "--out", tmp_path)
+    assert result.exit_code == 2
+    assert "2 trainings are given for 3 seeds; set seeds=2" in result.output
+    settings = ("prompts=2", "frames=8", "drift_prompts=1", "drift_buffers=[1]", "seeds=2")
+    result = run("bench", "sprites", *settings, *pair, *pair, "--out", tmp_path)
+    assert result.exit_code == 0, result.output
+    text = (tmp_path / "report.md").read_text()
+    assert "2 seeds of noise on as many trainings; the intervals are over the seeds" in text
 
 
 def test_models_come_in_pairs(models):
@@ -91,3 +129,6 @@ def test_models_are_made_where_none_are_given(tmp_path):
     assert result.exit_code == 0, result.output
     record = json.loads((tmp_path / "bench" / "report.json").read_text())
     assert record["systems"][0]["label"] == "teacher, 16 steps, guidance 2.5"
+    assert len(record["stage_seconds"]) == 6
+    text = (tmp_path / "bench" / "report.md").read_text()
+    assert "Making the models, from the world to the last student, took " in text

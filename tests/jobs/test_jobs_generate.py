@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 import streamdit
 from evaluation.sheets import read_video, write_video
 from jobs.cli import app
-from jobs.generate import PromptChange, parse_prompt, stream_frames
+from jobs.generate import PromptChange, parse_prompt, read_start, stream_frames
 from jobs.sources import read_source
 from streamdit.decoding import to_uint8
 from streamdit.errors import UserError
@@ -125,6 +125,14 @@ def test_video_at_strength_zero_is_what_the_autoencoder_makes_of_it(model_dir, t
     expected = to_uint8(model.autoencoder.decode(model.autoencoder.denormalise(latents))[0][0])
     same = read_video(write_video(tmp_path / "expected.mp4", expected, 16.0)).astype(float)
     assert np.abs(read_video(out) - same).mean() < 1
+
+
+def test_last_frames_are_made_beside_the_video_that_goes_on_behind_them(model_dir, tmp_path):
+    model = streamdit.load(model_dir)
+    for there, latents in ((40, 8), (24, 6)):  # 16 frames asked for, 16 of a buffer behind them
+        source = source_video(tmp_path / f"{there}.mp4", there)
+        guide, _ = read_start(model, 16, None, source, None, 0.5)
+        assert guide.latents.shape[1] == latents
 
 
 def test_image_begins_a_stream(model_dir, tmp_path):

@@ -145,10 +145,12 @@ def test_denoising_and_decoding_on_two_device_streams_shows_the_same_video(tmp_p
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("fast", [FastConfig(), FastConfig(cuda_graph=True)])
-def test_a_running_stream_never_waits_for_the_device(tmp_path, fast):
+@pytest.mark.parametrize("guided", [False, True])
+def test_a_running_stream_never_waits_for_the_device(tmp_path, fast, guided):
     """Neither its steps nor what begins to decode a chunk; only who takes the frames waits."""
     model = streamdit.load(write_model_directory(tmp_path), device="cuda")
-    denoiser = model.denoiser(["a red circle"], [0], fast=fast)
+    guide = model.guide(np.zeros((96, 32, 32, 3), np.uint8), strength=0.5) if guided else None
+    denoiser = model.denoiser(["a red circle"], [0], guide=guide, fast=fast)
     decoder = ChunkDecoder(model.autoencoder, model.device)
     for _ in range(denoiser.schedule.fill_steps + 2 * denoiser.scheme.s):
         latents = denoiser.step()

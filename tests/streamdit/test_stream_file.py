@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 import torch
 from model_directory import write_model_directory
+from safetensors.torch import load_file
 
 import streamdit
 from streamdit.config import PartitionConfig, PartitionEntry, SamplingConfig
 from streamdit.errors import UserError
+from streamdit.io import read_model_config, save_model_directory
 from streamdit.state import load_state, save_state
 from streamdit.text import TextStates
 
@@ -103,6 +105,24 @@ def test_stream_of_other_latents_is_refused(model_dir, tmp_path):
     save_state(state, path)
     with pytest.raises(UserError, match=r"the saved stream has latent_shape=\(9, 8, 8\)"):
         model.resume(path)
+
+
+def test_stream_is_not_continued_by_another_model_of_the_same_shape(model_dir, tmp_path):
+    path = streamdit.load(model_dir).stream("x").save(tmp_path / "stream.safetensors")
+    config, weights = read_model_config(model_dir), load_file(model_dir / "model.safetensors")
+    weights = {name: tensor + 0.01 for name, tensor in weights.items()}
+    other = streamdit.load(save_model_directory(tmp_path / "other", config, weights, model_dir))
+    with pytest.raises(UserError, match=r"made with the weights of SHA-256 .* continue it with"):
+        other.resume(path)
+    with pytest.raises(UserError, match="made with the weights"):
+        other.stream("x").load(path)
+    state = load_state(path)
+    state["identity"]["autoencoder weights"] = "0" * 64
+    save_state(state, path)
+    with pytest.raises(
+        UserError, match="made with the autoencoder weights of SHA-256 000000000000"
+    ):
+        streamdit.load(model_dir).resume(path)
 
 
 def test_stream_that_continues_a_video_is_resumed(tmp_path):

@@ -3,10 +3,13 @@
 import numpy as np
 import pytest
 import torch
+from latent_dataset import tiny_autoencoder
 from model_directory import write_model_directory
 
 import streamdit
+from streamdit.autoencoder import load_autoencoder
 from streamdit.config import (
+    BucketConfig,
     DistillationRecord,
     DistilledScheme,
     GammaConfig,
@@ -19,7 +22,7 @@ from streamdit.errors import UserError
 from streamdit.flow import interpolate
 from streamdit.partition import PartitionScheme
 from streamdit.schedule import StreamSchedule
-from streamdit.start import Guide, StreamStart, fit_frames
+from streamdit.start import Guide, StreamStart, encode_frames, fit_frames
 from streamdit.text import TextStates
 
 SHAPE = (2, 3, 3)
@@ -218,6 +221,14 @@ def test_state_of_another_scheme_is_refused():
         denoiser_for(PartitionScheme(0, 6, 1, 2)).restore(state)
 
 
+def test_state_of_another_noise_schedule_is_refused():
+    scheme = PartitionScheme(0, 3, 2, 2)
+    state = denoiser_for(scheme).state()
+    curved = denoiser_for(scheme, gamma=GammaConfig(kind="exponential", power=2.0))
+    with pytest.raises(UserError, match=r"saved stream has gamma=.*'linear'.* but this one"):
+        curved.restore(state)
+
+
 def test_strength_outside_its_range_is_refused():
     with pytest.raises(UserError, match=r"strength 1\.5 is not a share"):
         Guide(torch.zeros(1, 1, *SHAPE), 1.5)
@@ -254,6 +265,38 @@ def test_guide_at_strength_zero_plays_the_video_as_the_autoencoder_sees_it(model
     decoded, _ = model.autoencoder.decode(model.autoencoder.denormalise(model.latents(frames)))
     expected = ((decoded[0, :12].clamp(-1, 1) + 1) * 127.5).round().movedim(1, -1).numpy()
     assert np.abs(played.astype(float) - expected).max() <= 1
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_long_video_is_encoded_in_windows_to_what_one_call_gives(tmp_path, monkeypatch, alone):
+    if alone:
+        from diffusers import AutoencoderKLWan
+        from wan_pipeline import VAE
+
+        AutoencoderKLWan(**VAE).save_pretrained(tmp_path / "autoencoder")
+    else:
+        tiny_autoencoder(tmp_path / "autoencoder")
+    autoencoder = load_autoencoder(tmp_path / "autoencoder")
+    for parameter in autoencoder.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    scale = autoencoder.identity.spatial_factor
+    bucket = BucketConfig(frames=4, height=32 // scale, width=32 // scale, window=(1, 1, 1))
+    frames = video(4 * 19 + 3)
+    windows, encode_next = [], autoencoder.encode_next
+
+    def counted(window, state):
+        windows.append(window.shape[1])
+        return encode_next(window, state)
+
+    monkeypatch.setattr(autoencoder, "encode_next", counted)
+    found = encode_frames(autoencoder, bucket, frames)
+    monkeypatch.undo()
+    whole = np.concatenate([frames[:1], frames]) if alone else frames
+    clip = torch.from_numpy(whole[: 76 + alone]).movedim(-1, 1)[None].float() / 127.5 - 1
+    with torch.no_grad():
+        expected = autoencoder.normalise(autoencoder.encode(clip))[:, int(alone) :]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert windows == [32 + alone, 32, 12]
 
 
 def test_an_image_is_held_for_one_buffer(model):
@@ -303,6 +346,26 @@ def test_continuing_a_video_is_refused_where_filling_behind_it_was_not_learnt(tm
             continue
         with pytest.raises(UserError, match=r"chunk_frames: 2, reference_frames: 2\}"):
             loaded.stream("x", history=history)
+
+
+@pytest.mark.parametrize("continues", [False, True])
+def test_distilled_model_continues_a_video_if_it_was_taught_to(tmp_path, continues):
+    record = DistillationRecord(
+        schemes=(DistilledScheme(chunk_frames=1, reference_frames=2),),
+        starts=("text-to-video",),
+        continues=continues,
+        teacher_sha256="0" * 64,
+        teacher_micro_steps=16,
+        teacher_guidance_scale=3.0,
+    )
+    sampling = SamplingConfig(chunk_frames=1, micro_steps=1, reference_frames=2)
+    loaded = streamdit.load(write_model_directory(tmp_path, distilled=record, sampling=sampling))
+    history = loaded.latents(video())
+    if continues:
+        assert len(next(loaded.stream("x", history=history)).frames) == 4
+        return
+    with pytest.raises(UserError, match=r"distil one with teacher\.continued_share"):
+        loaded.stream("x", history=history)
 
 
 def test_model_that_never_saw_text_to_video_cannot_start_but_by_the_ramp(tmp_path):

@@ -1,0 +1,101 @@
+"""95 % intervals: of one value per seed, of shares of videos, and of differences of such shares.
+
+A few seeds that agree say nothing about how sure a share is: three times 64 of 64 is not 100 ± 0.
+So the half width of a share over seeds is never below that of all its videos taken together.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+
+from pydantic import BaseModel, ConfigDict
+
+# Two-sided 97.5 % points of Student's t, by degrees of freedom; beyond them the normal one.
+T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+Z_975 = 1.96
+
+Marks = Sequence[Sequence[float]]
+"""For each seed a mark, 0...1, of each of its videos; the same videos in every seed's order."""
+
+
+class Interval(BaseModel):
+    """A mean over seeds, and half the width of its 95 % interval."""
+
+    model_config = ConfigDict(frozen=True)
+
+    mean: float
+    """Mean over the seeds."""
+    half: float | None
+    """Half width; None with a single seed."""
+
+    @property
+    def low(self) -> float:
+        """Lower end; the mean with a single seed."""
+        return self.mean - (self.half or 0.0)
+
+    @property
+    def high(self) -> float:
+        """Upper end; the mean with a single seed."""
+        return self.mean + (self.half or 0.0)
+
+    def __str__(self) -> str:
+        return f"{self.mean:.3g}" if self.half is None else f"{self.mean:.3g} ± {self.half:.2g}"
+
+    def percent(self) -> str:
+        """As percentage points."""
+        value = f"{100 * self.mean:.1f}"
+        return value if self.half is None else f"{value} ± {100 * self.half:.1f}"
+
+
+def interval(values: Sequence[float]) -> Interval:
+    """Mean and 95 % interval (Student's t) of one value per seed."""
+    mean = statistics.fmean(values)
+    if len(values) < 2:
+        return Interval(mean=mean, half=None)
+    freedom = len(values) - 1
+    t = T_975[freedom - 1] if freedom <= len(T_975) else Z_975
+    return Interval(mean=mean, half=t * statistics.stdev(values) / math.sqrt(len(values)))
+
+
+def share_interval(marks: Marks) -> Interval:
+    """Interval of a share over seeds, at least as wide as Wilson's of all videos together."""
+    over_seeds = interval([statistics.fmean(seed) for seed in marks])
+    return _at_least(over_seeds, wilson_half(over_seeds.mean, sum(map(len, marks))))
+
+
+def wilson_half(share: float, count: int) -> float:
+    """From a share of `count` to the further end of Wilson's score interval."""
+    weight = Z_975**2 / count
+    centre = (share + weight / 2) / (1 + weight)
+    half = Z_975 * math.sqrt(share * (1 - share) / count + weight / (4 * count)) / (1 + weight)
+    return max(share - (centre - half), (centre + half) - share)
+
+
+def difference_interval(marks: Marks, others: Marks) -> Interval:
+    """Interval of how much a share is above another of the same seeds and videos.
+
+    Seeds are paired for Student's t. The floor is that of all pairs of videos together, with half
+    a pair added to each way of agreeing and of differing (Agresti and Min, 2005): pairs that never
+    differ leave a doubt too.
+    """
+    means = [
+        statistics.fmean(mine) - statistics.fmean(theirs)
+        for mine, theirs in zip(marks, others, strict=True)
+    ]
+    pairs = [
+        mine - theirs
+        for seed, other in zip(marks, others, strict=True)
+        for mine, theirs in zip(seed, other, strict=True)
+    ]
+    count = len(pairs) + 2
+    mean = sum(pairs) / count
+    squares = (sum(pair * pair for pair in pairs) + 1) / count
+    return _at_least(interval(means), Z_975 * math.sqrt((squares - mean * mean) / count))
+
+
+def _at_least(found: Interval, floor: float) -> Interval:
+    if found.half is None:
+        return found
+    return Interval(mean=found.mean, half=max(found.half, floor))
