@@ -170,6 +170,7 @@ class AnnotateUnit:
                 annotations.extend(rows)
                 dead.extend(failures)
         annotations.sort(key=lambda annotation: annotation["clip_id"])
+        ledger.begin(unit.name, wanted)
         path = file_name("annotation", unit.name)
         record = write_table(self.store, path, "annotation", annotations, ANNOTATION_SCHEMA)
         write_dead_letters(self.store, STAGE, unit.name, dead)

@@ -180,6 +180,7 @@ def make_curate_unit(dataset_dir: str, config: IngestConfig) -> Callable[[Row], 
             terms = {"licence": source.licence, "attribution": source.attribution}
             sources.append({**described, "bytes": source.size, **terms})
             clips.extend({**clip, **terms} for clip in found)
+        ledger.begin(unit.name, wanted)
         files = write_unit(store, unit.name, sources, clips)
         write_dead_letters(store, STAGE, unit.name, dead)
         counters = curate_counters(sources, len(clips), dead)

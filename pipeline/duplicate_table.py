@@ -51,6 +51,7 @@ def update_duplicates(store: Store, units: Sequence[str], max_bits: int) -> int:
         clips = _read_hashes(store, [markers[unit] for unit in units])
         pixels = clips.pop("pixels")
         rows = list(duplicate_rows(clips, pixels, max_bits))
+        ledger.begin(ALL_UNITS, wanted)
         record = write_table(store, DUPLICATES_FILE, "duplicate", rows, DUPLICATE_SCHEMA)
         ledger.finish(ALL_UNITS, wanted, [record])
     return pc.sum(read_duplicates(store)["duplicate"]).as_py() or 0

@@ -140,6 +140,15 @@ class Ledger:
             and all(sizes.get(record.path) == record.bytes for record in marker.files)
         }
 
+    def begin(self, unit: str, wanted: Wanted) -> None:
+        """Make ready to write the first file of `unit`: a marker of other files goes first.
+
+        Files are overwritten under the same names, often in the same size. Would the marker of
+        other settings stay until the end, then after an interrupted run it could vouch for them.
+        """
+        if self.read_matching(unit, wanted) is None:
+            self.store.delete(self.path(unit))
+
     def finish(
         self,
         unit: str,

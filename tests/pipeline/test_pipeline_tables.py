@@ -133,6 +133,19 @@ def test_a_marker_counts_only_with_its_settings_inputs_and_files(tmp_path):
     assert ledger.read_done({"u": FIRST}) == {}
 
 
+def test_a_unit_begun_with_other_settings_has_no_marker_until_it_is_finished(tmp_path):
+    ledger = Ledger(tmp_path, "latents")
+    path = tmp_path / file_name("latent", "u", "b", 0)
+    path.parent.mkdir()
+    path.write_bytes(b"12345")
+    ledger.finish("u", FIRST, [record_of(path, tmp_path)], {"clips": 3})
+    ledger.begin("u", FIRST)
+    assert ledger.read_matching("u", FIRST) is not None
+    ledger.begin("u", SECOND)
+    path.write_bytes(b"54321")  # as large as what it replaces, and then the job dies
+    assert ledger.read_done({"u": FIRST}) == {}
+
+
 def test_a_sweep_removes_what_no_marker_lists(tmp_path):
     ledger = Ledger(tmp_path, "latents")
     folder = tmp_path / "latents"
