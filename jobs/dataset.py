@@ -61,12 +61,12 @@ def show(
     ] = None,
 ) -> None:
     """Tell what a dataset holds, how far it is and what failed; or show one clip."""
-    found = read_overview(dataset)
     if clip is not None:
-        show_clip(found, clip, picture)
+        show_clip(dataset, clip, picture)
         return
     if picture is not None:
         raise UserError("--picture shows one clip: name it, as in `streamdit dataset show D CLIP`")
+    found = read_overview(dataset)
     print_overview(found)
     if report is not None:
         with progress("report", "parts") as on_progress:
@@ -74,13 +74,13 @@ def show(
         Console(highlight=False).print(Text(f"page  {report}"))
 
 
-def show_clip(found: Overview, clip_id: str, picture: Path | None) -> None:
+def show_clip(dataset: str, clip_id: str, picture: Path | None) -> None:
     """Print the row of a clip, and write its frames as a picture."""
-    row = find_clip(found, clip_id)
+    row = find_clip(dataset, clip_id)
     if row is None:
         raise UserError(
-            f"dataset {found.root} has no clip {clip_id}: it has {len(found.clips):,} clips, whose "
-            "ids are in the selection and in the clip tables"
+            f"dataset {dataset} has no clip {clip_id}: the ids of its clips are in the selection "
+            "and in the clip tables"
         )
     table = _grid()
     for name, value in row.items():

@@ -92,10 +92,9 @@ def annotate(
         tasks, AnnotateUnit, constructor=constructor, workers=config.workers, cpus=config.threads
     )
     limit = DeadLimit(store, STAGE, config.limits)
-    counters = {name: marker.counters for name, marker in done.items()}
-    totals = run_stage(list(wanted), counters, results, on_progress, limit)
+    totals = run_stage(list(wanted), done, results, on_progress, limit)
     if tasks:
-        ledger.sweep(ledger.read_all(wanted).values())
+        ledger.sweep(wanted)
     return AnnotateSummary(
         clips=int(totals.get("clips", 0)),
         captions=int(totals.get("captions", 0)),
@@ -170,6 +169,7 @@ class AnnotateUnit:
                 annotations.extend(rows)
                 dead.extend(failures)
         annotations.sort(key=lambda annotation: annotation["clip_id"])
+        ledger.begin(unit.name, wanted)
         path = file_name("annotation", unit.name)
         record = write_table(self.store, path, "annotation", annotations, ANNOTATION_SCHEMA)
         write_dead_letters(self.store, STAGE, unit.name, dead)

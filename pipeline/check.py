@@ -3,32 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.duplicate_table import ALL_UNITS
-from pipeline.ledger import STAGE_KINDS, Ledger, Marker
-from pipeline.plan import require_plan
+from pipeline.ledger import STAGE_KINDS, Ledger
+from pipeline.plan import require_unit_names
 from pipeline.schema import (
     ANNOTATION_SCHEMA,
     AUTOENCODER_FOLDER,
     CLIP_SCHEMA,
     DUPLICATE_SCHEMA,
     FOLDERS,
+    ID_TYPE,
     LATENT_SCHEMA,
     MANIFEST_FILE,
     SELECTION_SCHEMA,
     SOURCE_SCHEMA,
     FileRecord,
     Manifest,
+    id_array,
     load_manifest,
     text_schema,
 )
 from pipeline.stage_text import NULL_UNIT
 from pipeline.store import DatasetPath, Store, open_store
+from pipeline.threads import map_in_order
 from streamdit.errors import UserError
 
 READERS = 4
@@ -71,17 +75,17 @@ def check_dataset(dataset_dir: DatasetPath, on_progress: OnChecked | None = None
         UserError: if this is no dataset, or its manifest cannot be read.
     """
     store = open_store(dataset_dir)
-    markers = list(_markers(store))
+    records = {record.path: record for record in _listed(store)}
     manifest = load_manifest(store) if store.exists(MANIFEST_FILE) else None
-    records = {record.path: record for marker in markers for record in marker.files}
     problems = [] if manifest is None else list(_check_lists(records, manifest))
     records |= {record.path: record for record in (manifest.files if manifest else ())}
-    with ThreadPoolExecutor(READERS) as pool:
-        found = pool.map(lambda record: _check_file(store, record, manifest), records.values())
-        for done, problem in enumerate(found, start=1):
-            problems += [problem] if problem else []
-            if on_progress:
-                on_progress(done, len(records), {"problems": len(problems)})
+    found = map_in_order(
+        lambda record: _check_file(store, record, manifest), records.values(), READERS
+    )
+    for done, problem in enumerate(found, start=1):
+        problems += [problem] if problem else []
+        if on_progress:
+            on_progress(done, len(records), {"problems": len(problems)})
     problems += _strays(store, records)
     if manifest:
         damaged = {problem.path for problem in problems}
@@ -95,10 +99,12 @@ def check_dataset(dataset_dir: DatasetPath, on_progress: OnChecked | None = None
     )
 
 
-def _markers(store: Store) -> Iterator[Marker]:
-    units = [unit.name for unit in require_plan(store)]
+def _listed(store: Store) -> Iterator[FileRecord]:
+    """Files that markers list."""
+    units = [*require_unit_names(store), NULL_UNIT, ALL_UNITS]
     for stage in STAGE_KINDS:
-        yield from Ledger(store, stage).read_all([*units, NULL_UNIT, ALL_UNITS]).values()
+        for marker in map_in_order(Ledger(store, stage).read, units, READERS):
+            yield from marker.files if marker else ()
 
 
 def _check_lists(records: dict[str, FileRecord], manifest: Manifest) -> Iterator[Problem]:
@@ -164,27 +170,66 @@ def _check_index(store: Store, manifest: Manifest, damaged: set[str]) -> Iterato
     """Whether every row of the selection leads to its clip."""
     if manifest.selection.path in damaged:
         return
-    index = pq.read_table(store.source(manifest.selection.path)).to_pylist()
     for kind in ("latent", "text"):
-        by_file: dict[str, list[dict]] = {}
-        for row in index:
-            by_file.setdefault(row[f"{kind}_file"], []).append(row)
-        for path, rows in by_file.items():
-            if path not in damaged and (wrong := _misplaced(store, kind, path, rows)):
+        places = _read_places(store, manifest.selection.path, kind)
+        shards = [shard for shard in places.shards() if shard[0] not in damaged]
+        counts = map_in_order(partial(places.misplaced, store), shards, READERS)
+        for (path, _), wrong in zip(shards, counts, strict=True):
+            if wrong:
                 message = f"{wrong:,} rows of {path} are not of the clip that the index names"
                 yield Problem(manifest.selection.path, message)
 
 
-def _misplaced(store: Store, kind: str, path: str, rows: list[dict]) -> int:
-    with pq.ParquetFile(store.source(path)) as file:
-        ids = [
-            file.read_row_group(group, columns=["clip_id"])["clip_id"].to_pylist()
-            for group in range(file.num_row_groups)
-        ]
-    places = {(g, r): clip_id for g, group in enumerate(ids) for r, clip_id in enumerate(group)}
-    return sum(
-        places.get((row[f"{kind}_row_group"], row[f"{kind}_row"])) != row["clip_id"] for row in rows
-    )
+@dataclass(frozen=True)
+class _Places:
+    """Where an index says that clips lie: arrays, for there may be millions."""
+
+    paths: list[str]
+    ids: np.ndarray
+    """`S16 [n]`."""
+    files: np.ndarray
+    """`int32 [n]`: number of the path of each."""
+    groups: np.ndarray
+    """`int32 [n]`."""
+    rows: np.ndarray
+    """`int32 [n]`, within the row group."""
+
+    def shards(self) -> Iterator[tuple[str, np.ndarray]]:
+        """Each file, with the rows of the index that lead into it."""
+        order = np.argsort(self.files, kind="stable")
+        ends = np.cumsum(np.bincount(self.files, minlength=len(self.paths)))
+        return zip(self.paths, np.split(order, ends[:-1]), strict=True)
+
+    def misplaced(self, store: Store, shard: tuple[str, np.ndarray]) -> int:
+        """Rows of the index that lead into a file, but to another clip."""
+        path, mine = shard
+        found = np.zeros(len(mine), self.ids.dtype)
+        with pq.ParquetFile(store.source(path)) as file:
+            for group in range(file.num_row_groups):
+                ids = id_array(file.read_row_group(group, columns=["clip_id"])["clip_id"])
+                here = (self.groups[mine] == group) & (self.rows[mine] < len(ids))
+                found[here] = ids[self.rows[mine[here]]]
+        return int((found != self.ids[mine]).sum())
+
+
+def _read_places(store: Store, path: str, kind: str) -> _Places:
+    """The places of all clips of an index, which is read by and by."""
+    columns = [f"{kind}_file", f"{kind}_row_group", f"{kind}_row"]
+    numbers: dict[str, int] = {}
+    first = 0
+    with pq.ParquetFile(store.source(path), pre_buffer=False) as file:
+        total = file.metadata.num_rows
+        ids = np.empty(total, ID_TYPE)
+        places = [np.empty(total, np.int32) for _ in columns]
+        for batch in file.iter_batches(columns=["clip_id", *columns]):
+            mine = slice(first, first + batch.num_rows)
+            ids[mine] = id_array(batch["clip_id"])
+            names = batch[columns[0]].to_pylist()
+            places[0][mine] = [numbers.setdefault(name, len(numbers)) for name in names]
+            places[1][mine] = batch[columns[1]].to_numpy()
+            places[2][mine] = batch[columns[2]].to_numpy()
+            first += batch.num_rows
+    return _Places(list(numbers), ids, *places)
 
 
 def _check_autoencoder(store: Store, manifest: Manifest) -> Iterator[Problem]:

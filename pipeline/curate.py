@@ -17,7 +17,7 @@ from pipeline.dead_letters import (
     read_unit_dead_letters,
     write_dead_letters,
 )
-from pipeline.duplicate_table import update_duplicates
+from pipeline.duplicate_table import count_duplicates, update_duplicates
 from pipeline.graph import OnProgress, Row, result_row, run_stage, run_units
 from pipeline.ledger import Ledger, Wanted, fingerprint
 from pipeline.plan import Unit, extend_plan
@@ -123,12 +123,11 @@ def curate_units(
     stage = make_curate_unit(store.root, config)
     results = run_units(tasks, stage, workers=config.workers, cpus=config.threads)
     limit = DeadLimit(store, STAGE, config.limits)
-    counters = {name: marker.counters for name, marker in done.items()}
-    totals = run_stage(list(wanted), counters, results, on_progress, limit)
+    totals = run_stage(list(wanted), done, results, on_progress, limit)
     if tasks:
-        ledger.sweep(ledger.read_all(wanted).values())
-    duplicates = update_duplicates(store, list(wanted), config.scores.duplicate_bits)
-    return {**totals, "duplicates": duplicates}
+        ledger.sweep(wanted)
+    update_duplicates(store, list(wanted), config.scores.duplicate_bits)
+    return {**totals, "duplicates": count_duplicates(store)}
 
 
 def curate_settings(config: IngestConfig) -> dict[str, Any]:
@@ -180,6 +179,7 @@ def make_curate_unit(dataset_dir: str, config: IngestConfig) -> Callable[[Row], 
             terms = {"licence": source.licence, "attribution": source.attribution}
             sources.append({**described, "bytes": source.size, **terms})
             clips.extend({**clip, **terms} for clip in found)
+        ledger.begin(unit.name, wanted)
         files = write_unit(store, unit.name, sources, clips)
         write_dead_letters(store, STAGE, unit.name, dead)
         counters = curate_counters(sources, len(clips), dead)

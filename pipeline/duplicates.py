@@ -8,7 +8,8 @@ band misses nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 
@@ -21,63 +22,67 @@ MAX_DISTANCE = BANDS - 1
 PAIRS_AT_ONCE = 1 << 20
 
 
-def find_groups(hashes: Sequence[str], max_distance: int) -> np.ndarray:
+class Duplicates(NamedTuple):
+    """The clips that have near duplicates, ordered by clip id."""
+
+    clips: np.ndarray
+    """`int64 [d]`: their places among all clips."""
+    kept: np.ndarray
+    """`int64 [d]`: place of the clip that stands for the group of each."""
+    sizes: np.ndarray
+    """`int64 [d]`: clips of the group."""
+
+
+def find_duplicates(
+    clip_ids: np.ndarray, codes: np.ndarray, pixels: np.ndarray, max_distance: int
+) -> Duplicates:
+    """Groups of more than one clip, whatever the order in which the clips come.
+
+    Args:
+        clip_ids: `[n]`, bytes.
+        codes: `uint8 [n, 24]`, hash of each clip.
+        pixels: `int64 [n]`, size of each clip's source.
+        max_distance: bits in which near duplicates differ at most.
+    """
+    order = np.argsort(clip_ids)  # chains do not depend on it, their names must not
+    groups = find_groups(codes[order], max_distance)
+    chosen = choose_representatives(groups, clip_ids[order], pixels[order])
+    sizes = np.bincount(groups, minlength=len(groups))[groups]
+    several = np.flatnonzero(sizes > 1)
+    return Duplicates(order[several], order[chosen[several]], sizes[several])
+
+
+def find_groups(codes: np.ndarray, max_distance: int) -> np.ndarray:
     """Group of each hash: chains of hashes that differ in at most `max_distance` bits.
 
     Args:
-        hashes: hexadecimal hashes of 192 bits.
+        codes: `uint8 [n, 24]`, hashes of 192 bits.
         max_distance: bits, at most :data:`MAX_DISTANCE`.
 
     Returns:
         `int64 [n]`: for each hash the index of the first one of its group.
     """
     assert 0 <= max_distance <= MAX_DISTANCE
-    if not len(hashes):
+    if not len(codes):
         return np.empty(0, np.int64)
-    codes = np.frombuffer(bytes.fromhex("".join(hashes)), np.uint8).reshape(-1, BYTES)
     unique, first, which = _unique_rows(codes)
     forest = _Forest(len(unique))
     for left, right in _near_pairs(unique, max_distance):
         forest.join(left, right)
     roots = forest.roots()
-    earliest = np.full(len(unique), len(hashes), np.int64)
+    earliest = np.full(len(unique), len(codes), np.int64)
     np.minimum.at(earliest, roots, first)
     return earliest[roots][which]
 
 
 def choose_representatives(
-    groups: np.ndarray, clip_ids: Sequence[str], pixels: Sequence[int]
+    groups: np.ndarray, clip_ids: np.ndarray, pixels: np.ndarray
 ) -> np.ndarray:
     """Index of the clip that stands for each clip's group: most source pixels, then smallest id."""
-    order = np.lexsort((np.asarray(clip_ids), -np.asarray(pixels, np.int64)))
+    order = np.lexsort((clip_ids, -pixels))
     best = np.full(len(groups), -1, np.int64)
     best[groups[order[::-1]]] = order[::-1]  # the last to be written is the best one
     return best[groups]
-
-
-def duplicate_rows(
-    clips: Mapping[str, Sequence], pixels: Sequence[int], max_distance: int
-) -> Iterator[dict[str, object]]:
-    """Rows of the duplicate table: one per clip that has near duplicates, ordered by clip id.
-
-    Args:
-        clips: columns `clip_id` and `phash`, in any order.
-        pixels: size of each clip's source.
-        max_distance: bits in which near duplicates differ at most.
-    """
-    clip_ids = clips["clip_id"]
-    order = np.argsort(np.asarray(clip_ids))  # chains do not depend on it, their names must not
-    ids = [clip_ids[i] for i in order]
-    groups = find_groups([clips["phash"][i] for i in order], max_distance)
-    chosen = choose_representatives(groups, ids, [pixels[i] for i in order])
-    sizes = np.bincount(groups, minlength=len(ids))
-    for i in np.flatnonzero(sizes[groups] > 1).tolist():
-        yield {
-            "clip_id": ids[i],
-            "duplicate_of": ids[chosen[i]],
-            "duplicate": bool(chosen[i] != i),
-            "duplicates": int(sizes[groups[i]]),
-        }
 
 
 def _unique_rows(codes: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

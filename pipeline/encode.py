@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from pipeline.config import IngestConfig
 from pipeline.dead_letters import DeadLimit
-from pipeline.duplicate_table import read_duplicates
+from pipeline.duplicate_table import require_duplicates
 from pipeline.graph import OnProgress, run_stage, run_units
 from pipeline.index import publish_dataset
 from pipeline.latents import latent_shape
-from pipeline.ledger import Ledger, Wanted
+from pipeline.ledger import READERS, Ledger, Wanted
 from pipeline.pending import (
     LATENTS,
     TEXT,
@@ -29,19 +25,15 @@ from pipeline.pending import (
     select_unit,
     text_settings,
 )
-from pipeline.plan import require_plan
+from pipeline.plan import require_unit_names
 from pipeline.removal import finish_removal
-from pipeline.schema import AUTOENCODER_FOLDER, MANIFEST_FILE, BucketRecord, Manifest
-from pipeline.settings import adopt_settings
+from pipeline.schema import AUTOENCODER_FOLDER, MANIFEST_FILE, BucketRecord
+from pipeline.settings import adopt_settings, settings_fingerprint
 from pipeline.stage_latents import EncodeLatents
 from pipeline.stage_text import NULL_UNIT, EncodeTexts
 from pipeline.store import DatasetPath, Store, open_store
+from pipeline.threads import map_in_order
 from streamdit.config import AutoencoderIdentity
-
-READERS = 16
-"""Units whose tables are read at once."""
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -95,18 +87,17 @@ def encode(
 
     store = open_store(dataset_dir)
     finish_removal(store)
-    units = [unit.name for unit in require_plan(store)]
-    duplicates = read_duplicates(store)
-    selected = _read_each(units, lambda unit: select_unit(store, unit, config, duplicates))
-    if not any(table.num_rows for table in selected.values()):
-        raise nothing_selected(store, config)
+    units = require_unit_names(store)
+    require_duplicates(store, units)
     autoencoder = load_autoencoder(autoencoder_source)
     shapes = {shape: latent_shape(autoencoder, shape) for shape in config.clip.shapes}
     identity = identity_in_dataset(autoencoder_source, autoencoder.identity)
     settings = {LATENTS: latent_settings(config, identity), TEXT: text_settings(config)}
-    prints = adopt_settings(store, settings, config, identity, replace)
     job = _Encoding(store, config, units, on_progress)
-    totals = job.encode_latents(selected, autoencoder_source, identity, prints[LATENTS], retry_dead)
+    # Before anything is recorded: there may be nothing to encode.
+    done = job.find_latents(settings_fingerprint(settings[LATENTS]), retry_dead)
+    prints = adopt_settings(store, settings, config, identity, replace)
+    totals = job.encode_latents(done, autoencoder_source, identity, prints[LATENTS], retry_dead)
     job.encode_texts(prints[TEXT], totals)
     buckets = [
         BucketRecord(
@@ -119,23 +110,17 @@ def encode(
         )
         for shape, latents in shapes.items()
     ]
-    manifest, held_out = publish_dataset(store, units, selected, config, identity, buckets)
+    published = publish_dataset(store, units, job.select, config, identity, buckets)
+    manifest = published.manifest
     return EncodeSummary(
         clips=manifest.selection.rows,
-        video_s=_seconds(store, manifest),
-        held_out=held_out,
+        video_s=published.video_s,
+        held_out=published.held_out,
         dead=int(totals.get("dead", 0)),
         latent_bytes=sum(record.bytes for record in manifest.files_of("latent")),
         selection_version=manifest.selection.version,
         fingerprint=manifest.fingerprint,
     )
-
-
-def _seconds(store: Store, manifest: Manifest) -> float:
-    """Seconds that the selected clips cover."""
-    index = pq.read_table(store.source(manifest.selection.path), columns=["bucket"])
-    counts = Counter(index["bucket"].to_pylist())
-    return sum(counts[bucket.name] * bucket.frames / bucket.fps for bucket in manifest.buckets)
 
 
 class _Encoding:
@@ -149,21 +134,42 @@ class _Encoding:
         self.units = units
         self.on_progress = on_progress
 
+    def select(self, unit: str) -> pa.Table:
+        """Clips of a unit that the selection keeps."""
+        return select_unit(self.store, unit, self.config)
+
+    def find_latents(self, settings: str, retry_dead: bool) -> dict[str, dict[str, float]]:
+        """Counters of the units whose selected clips all have latents.
+
+        Raises:
+            UserError: if no clip is selected, or an earlier stage has not finished.
+        """
+        wanted = Wanted(settings=settings)
+
+        def look(unit: str) -> tuple[int, dict[str, float] | None]:
+            selected = self.select(unit)
+            work = LatentWork.find(self.store, unit, selected, wanted, retry_dead)
+            return selected.num_rows, work.counters if work.is_done else None
+
+        clips, done = 0, {}
+        found = map_in_order(look, self.units, READERS)  # of which nothing more is kept
+        for unit, (selected, counters) in zip(self.units, found, strict=True):
+            clips += selected
+            if counters is not None:
+                done[unit] = counters
+        if not clips:
+            raise nothing_selected(self.store, self.config)
+        return done
+
     def encode_latents(
         self,
-        selected: Mapping[str, pa.Table],
+        done: Mapping[str, dict[str, float]],
         autoencoder_source: str,
         identity: AutoencoderIdentity,
         settings: str,
         retry_dead: bool,
     ) -> dict[str, float]:
-        """Encode the selected clips that have no latent; returns totals over all units."""
-        wanted = Wanted(settings=settings)
-        works = _read_each(
-            self.units,
-            lambda unit: LatentWork.find(self.store, unit, selected[unit], wanted, retry_dead),
-        )
-        done = {unit: work.counters for unit, work in works.items() if work.is_done}
+        """Encode the units that are not done; returns totals over all."""
         tasks = [
             {"unit": unit, "settings": settings, "retry_dead": retry_dead}
             for unit in self.units
@@ -187,15 +193,16 @@ class _Encoding:
         limit = DeadLimit(self.store, LATENTS, self.config.limits)
         totals = run_stage(self.units, done, results, self._progress_from(0, {}), limit)
         if tasks:
-            ledger = Ledger(self.store, LATENTS)
-            ledger.sweep(ledger.read_all(self.units).values())
+            Ledger(self.store, LATENTS).sweep(self.units)
         return totals
 
     def encode_texts(self, settings: str, before: Mapping[str, float]) -> None:
         """Encode the captions of all latents, where that is not done."""
         ledger = Ledger(self.store, TEXT)
-        works = _read_each(self.units, lambda unit: TextWork.find(self.store, unit))
-        wanted = {unit: work.wanted(settings) for unit, work in works.items()}
+        inputs = map_in_order(
+            lambda unit: TextWork.find(self.store, unit).wanted(settings), self.units, READERS
+        )
+        wanted = dict(zip(self.units, inputs, strict=True))
         wanted[NULL_UNIT] = Wanted(settings=settings)
         done = ledger.read_done(wanted)
         tasks = [{"unit": unit, "settings": settings} for unit in wanted if unit not in done]
@@ -209,11 +216,10 @@ class _Encoding:
             cpus=self.config.threads,
             gpus=self.config.encode.text_gpus,
         )
-        counters = {unit: marker.counters for unit, marker in done.items()}
         progress = self._progress_from(len(self.units), before)
-        run_stage(list(wanted), counters, results, progress)
+        run_stage(list(wanted), done, results, progress)
         if tasks:
-            ledger.sweep(ledger.read_all(wanted).values())
+            ledger.sweep(wanted)
 
     def _withdraw(self) -> None:
         """Take the manifest away: until all is published again, it and the shards may disagree."""
@@ -230,13 +236,6 @@ class _Encoding:
             tell(first + done, total, {**before, **counters})
 
         return on_progress
-
-
-def _read_each(units: Iterable[str], read: Callable[[str], T]) -> dict[str, T]:
-    """`read` of every unit, several at once."""
-    names = list(units)
-    with ThreadPoolExecutor(READERS) as pool:
-        return dict(zip(names, pool.map(read, names), strict=True))
 
 
 def identity_in_dataset(source: str, identity: AutoencoderIdentity) -> AutoencoderIdentity:

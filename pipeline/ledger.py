@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, Field, ValidationError
 
 from pipeline.schema import FOLDERS, FileRecord
 from pipeline.store import DatasetPath, Store, open_store
+from pipeline.threads import map_in_order
 from streamdit.config import StrictModel
 from streamdit.errors import UserError
+
+T = TypeVar("T")
 
 LEDGER_FOLDER = "ledger"
 MAX_ATTEMPTS = 3
@@ -121,24 +124,34 @@ class Ledger:
 
     def read_done(
         self, wanted: Mapping[str, Wanted], retry_dead: bool = False
-    ) -> dict[str, Marker]:
-        """Markers of the units that need no work.
+    ) -> dict[str, dict[str, float]]:
+        """Counters of the units that need no work.
 
         Inputs that failed for a passing reason get :data:`MAX_ATTEMPTS` runs in all; with
         `retry_dead` whatever failed gets another one.
         """
-        markers = self.read_all(wanted)
         sizes: dict[str, int] = {}
-        if markers:
-            for kind in STAGE_KINDS[self.stage]:
-                sizes |= self.store.files(FOLDERS[kind])
-        return {
-            unit: marker
-            for unit, marker in markers.items()
-            if marker.fits(wanted[unit])
-            and not marker.is_to_be_retried(retry_dead)
-            and all(sizes.get(record.path) == record.bytes for record in marker.files)
-        }
+        for kind in STAGE_KINDS[self.stage]:
+            sizes |= self.store.files(FOLDERS[kind])
+
+        def look(unit: str) -> dict[str, float] | None:
+            marker = self.read(unit)
+            if marker is None or not marker.fits(wanted[unit]):
+                return None
+            intact = all(sizes.get(record.path) == record.bytes for record in marker.files)
+            return marker.counters if intact and not marker.is_to_be_retried(retry_dead) else None
+
+        found = zip(wanted, map_in_order(look, wanted, READERS), strict=True)
+        return {unit: counters for unit, counters in found if counters is not None}
+
+    def begin(self, unit: str, wanted: Wanted) -> None:
+        """Make ready to write the first file of `unit`: a marker of other files goes first.
+
+        Files are overwritten under the same names, often in the same size. Would the marker of
+        other settings stay until the end, then after an interrupted run it could vouch for them.
+        """
+        if self.read_matching(unit, wanted) is None:
+            self.store.delete(self.path(unit))
 
     def finish(
         self,
@@ -169,14 +182,19 @@ class Ledger:
         marker = self.read(unit)
         return marker.attempts + 1 if marker and marker.fits(wanted) else 1
 
-    def sweep(self, markers: Iterable[Marker]) -> None:
+    def sweep(self, units: Iterable[str]) -> None:
         """Remove files of this stage that no marker lists: what interrupted runs left over."""
-        keep = {record.path for marker in markers for record in marker.files}
+        listed = map_in_order(self._paths, units, READERS)
+        keep = {path for paths in listed for path in paths}
         for kind in STAGE_KINDS[self.stage]:
             for path in self.store.files(FOLDERS[kind]):
                 name = path.rsplit("/", 1)[-1].removeprefix(".")
                 if path not in keep and name.startswith(f"{kind}-"):
                     self.store.delete(path)
+
+    def _paths(self, unit: str) -> list[str]:
+        marker = self.read(unit)
+        return [record.path for record in marker.files] if marker else []
 
 
 def require_markers(
@@ -187,12 +205,30 @@ def require_markers(
     Raises:
         UserError: if that stage has not finished one.
     """
-    store = open_store(dataset_dir)
-    markers = Ledger(store, stage).read_all(units)
-    for unit in units:
-        if unit not in markers:
+    markers = map_markers(dataset_dir, stage, units, lambda marker: marker)
+    return dict(zip(units, markers, strict=True))
+
+
+def map_markers(
+    dataset_dir: DatasetPath | Store,
+    stage: str,
+    units: Iterable[str],
+    function: Callable[[Marker], T],
+) -> Iterator[T]:
+    """`function` of the marker that an earlier stage left for each unit, in order; none is kept.
+
+    Raises:
+        UserError: if that stage has not finished a unit.
+    """
+    ledger = Ledger(dataset_dir, stage)
+
+    def look(unit: str) -> T:
+        marker = ledger.read(unit)
+        if marker is None:
             raise UserError(
-                f"dataset {store.root} is not finished with {stage} (unit {unit}): run "
+                f"dataset {ledger.store.root} is not finished with {stage} (unit {unit}): run "
                 f"`streamdit ingest --only {stage}` (again) first"
             )
-    return markers
+        return function(marker)
+
+    return map_in_order(look, units, READERS)

@@ -14,21 +14,24 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline import duplicate_table
-from pipeline.ledger import STAGE_KINDS, Ledger
-from pipeline.plan import require_plan
+from pipeline.ledger import READERS, STAGE_KINDS, Ledger, Marker
+from pipeline.plan import require_unit_names
 from pipeline.schema import (
     ANNOTATION_SCHEMA,
     CLIP_SCHEMA,
     FOLDERS,
     MANIFEST_FILE,
     SOURCE_SCHEMA,
+    FileKind,
     Manifest,
     load_manifest,
     read_dead_letters,
     read_tables,
 )
 from pipeline.settings import read_record
+from pipeline.shards import read_table
 from pipeline.store import DatasetPath, Store, open_store
+from pipeline.threads import map_in_order
 
 ADDRESSING = ("start_s", "end_s", "fps", "scene_start_s", "scene_end_s")
 """Numbers of a clip that are no scores."""
@@ -120,7 +123,7 @@ def read_overview(dataset_dir: DatasetPath) -> Overview:
         UserError: if there is no dataset.
     """
     store = open_store(dataset_dir)
-    units = [unit.name for unit in require_plan(store)]
+    units = require_unit_names(store)
     manifest = load_manifest(store) if store.exists(MANIFEST_FILE) else None
     return Overview(
         root=store.root,
@@ -137,10 +140,42 @@ def read_overview(dataset_dir: DatasetPath) -> Overview:
     )
 
 
-def find_clip(overview: Overview, clip_id: str) -> dict[str, Any] | None:
-    """The row of a clip, by its id or the beginning of it."""
-    found = overview.clips.filter(pc.starts_with(overview.clips["clip_id"], clip_id))
-    return found.slice(0, 1).to_pylist()[0] if len(found) else None
+def find_clip(dataset_dir: DatasetPath, clip_id: str) -> dict[str, Any] | None:
+    """The row of a clip, annotated if it is, by its id or the beginning of it.
+
+    Raises:
+        UserError: if there is no dataset.
+    """
+    store = open_store(dataset_dir)
+    curated, annotated = Ledger(store, "curate"), Ledger(store, "annotate")
+
+    def look(unit: str) -> list[tuple[str, str]]:
+        ids = _rows(store, curated.read(unit), "clip", _ids_of(CLIP_SCHEMA))["clip_id"]
+        return [(found, unit) for found in ids.filter(pc.starts_with(ids, clip_id)).to_pylist()]
+
+    places = map_in_order(look, require_unit_names(store), READERS)
+    place = min((place for found in places for place in found), default=None)
+    if place is None:
+        return None
+    found, unit = place
+    row: dict[str, Any] = {}
+    for ledger, kind, schema in (
+        (curated, "clip", CLIP_SCHEMA),
+        (annotated, "annotation", ANNOTATION_SCHEMA),
+    ):
+        rows = _rows(store, ledger.read(unit), kind, schema)
+        for values in rows.filter(pc.equal(rows["clip_id"], found)).to_pylist():
+            row |= values
+    return row
+
+
+def _ids_of(schema: pa.Schema) -> pa.Schema:
+    return pa.schema([schema.field("clip_id")])
+
+
+def _rows(store: Store, marker: Marker | None, kind: FileKind, schema: pa.Schema) -> pa.Table:
+    """Rows of the tables of one kind of a unit; none where the stage has not done it."""
+    return read_table(store, marker, kind, schema) if marker else schema.empty_table()
 
 
 def stage_settings(dataset_dir: DatasetPath) -> dict[str, dict[str, Any]]:

@@ -88,28 +88,18 @@ def unit_table(store: Store, unit: str) -> pa.Table:
     return clips
 
 
-def candidate_table(store: Store, unit: str, duplicates: pa.Table) -> pa.Table:
+def candidate_table(store: Store, unit: str) -> pa.Table:
     """Clips of a unit with every column that a selection may use."""
-    return join_duplicates(unit_table(store, unit), duplicates)
+    return join_duplicates(unit_table(store, unit), read_duplicates(store, unit))
 
 
-def select_unit(
-    store: Store, unit: str, config: IngestConfig, duplicates: pa.Table | None = None
-) -> pa.Table:
+def select_unit(store: Store, unit: str, config: IngestConfig) -> pa.Table:
     """Clips of a unit that the selection keeps.
-
-    Args:
-        store: dataset.
-        unit: its unit.
-        config: ingestion configuration.
-        duplicates: the table of near duplicates; none reads it.
 
     Raises:
         UserError: if there are clips of a bucket that is not configured.
     """
-    if duplicates is None:
-        duplicates = read_duplicates(store)
-    clips = select_rows(candidate_table(store, unit, duplicates), config.selection.expression)
+    clips = select_rows(candidate_table(store, unit), config.selection.expression)
     buckets = set(clips["bucket"].to_pylist())
     wanted = [shape.name for shape in config.clip.shapes]
     if not buckets <= set(wanted):

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import NoReturn
 
 from pipeline.sources import Source
-from pipeline.storage import DATA_PREFIX, is_s3
+from pipeline.storage import DATA_PREFIX, is_s3, open_binary
 from pipeline.store import DatasetPath, Store, open_store
 from streamdit.errors import UserError
 
@@ -46,11 +47,18 @@ class Unit:
 
 def read_plan(dataset_dir: DatasetPath | Store) -> list[Unit]:
     """Units of a dataset directory; empty where nothing was curated yet."""
+    return list(_each_unit(open_store(dataset_dir)))
+
+
+def _each_unit(store: Store) -> Iterator[Unit]:
+    """Units of the plan, line by line: there may be a million sources."""
     try:
-        text = open_store(dataset_dir).read_text(PLAN_FILE)
+        file = open_binary(store.uri(PLAN_FILE))
     except FileNotFoundError:
-        return []
-    return [Unit.from_json(line) for line in text.splitlines()]
+        return
+    with file:
+        for line in file:
+            yield Unit.from_json(line.decode("utf-8"))
 
 
 def write_plan(dataset_dir: DatasetPath | Store, units: Sequence[Unit]) -> None:
@@ -68,13 +76,24 @@ def require_plan(dataset_dir: DatasetPath | Store) -> list[Unit]:
         UserError: if it was not.
     """
     store = open_store(dataset_dir)
-    units = read_plan(store)
-    if not units:
-        raise UserError(
-            f"dataset {store.root} holds no sources: run `streamdit ingest --only curate` on your "
-            "videos first"
-        )
-    return units
+    return read_plan(store) or _refuse(store)
+
+
+def require_unit_names(dataset_dir: DatasetPath | Store) -> list[str]:
+    """Names of the units alone, for what needs no list of a million sources.
+
+    Raises:
+        UserError: if the dataset was not curated.
+    """
+    store = open_store(dataset_dir)
+    return [unit.name for unit in _each_unit(store)] or _refuse(store)
+
+
+def _refuse(store: Store) -> NoReturn:
+    raise UserError(
+        f"dataset {store.root} holds no sources: run `streamdit ingest --only curate` on your "
+        "videos first"
+    )
 
 
 def extend_plan(

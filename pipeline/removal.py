@@ -22,7 +22,7 @@ from pipeline.counters import (
     text_counters,
 )
 from pipeline.dead_letters import read_unit_dead_letters
-from pipeline.duplicate_table import duplicates_records, refresh_duplicates
+from pipeline.duplicate_table import duplicates_records, require_duplicates
 from pipeline.index import SELECTION_FOLDER, content_fingerprint, relocate, write_manifest
 from pipeline.ledger import CLIPS_INPUT, STAGE_KINDS, Ledger, Marker
 from pipeline.pending import TEXT, TextWork
@@ -118,7 +118,9 @@ def finish_removal(store: Store) -> None:
     for unit in units:
         if unit.name in note.units:
             _rewrite_markers(store, _without(unit, note))
-    refresh_duplicates(store, [u.name for u in units if _without(u, note).sources])
+    left = [unit.name for unit in units if _without(unit, note).sources]
+    # Of a curation that was interrupted, the rest is compared when it is finished.
+    require_duplicates(store, list(Ledger(store, "curate").read_all(left)))
     if note.manifest:
         _republish(store, note.manifest, note.units)
     kept = [_without(unit, note) for unit in units]

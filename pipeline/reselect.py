@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
 
 from pipeline.config import IngestConfig
-from pipeline.duplicate_table import read_duplicates
+from pipeline.duplicate_table import require_duplicates
 from pipeline.index import publish_dataset
 from pipeline.ledger import READERS
 from pipeline.pending import LATENTS, candidate_table
-from pipeline.plan import require_plan
+from pipeline.plan import require_unit_names
 from pipeline.schema import load_manifest
-from pipeline.select import clauses_of, evaluate
+from pipeline.select import clauses_of, evaluate, select_rows
 from pipeline.settings import read_record
-from pipeline.store import DatasetPath, Store, open_store
+from pipeline.store import DatasetPath, open_store
+from pipeline.threads import map_in_order
 from streamdit.errors import UserError
 
 
@@ -71,27 +71,15 @@ def preview(dataset_dir: DatasetPath, expression: str) -> Choice:
         UserError: if the expression is wrong, or the dataset is not annotated.
     """
     clauses = clauses_of(expression)
-    tables = _candidates(open_store(dataset_dir))
-    kept = [_evaluate_each(table, clauses) for table in tables.values()]
-    known = [
-        _evaluate_each(table, [f"({clause}) is not None" for clause in clauses])
-        for table in tables.values()
-    ]
-    fulfilled, told = np.concatenate(kept, axis=1), np.concatenate(known, axis=1)
-    failures = (~fulfilled).sum(axis=0)
-    return Choice(
-        clips=fulfilled.shape[1],
-        selected=int((failures == 0).sum()),
-        clauses=tuple(
-            Clause(
-                text=text,
-                drops=int((~fulfilled[i]).sum()),
-                alone=int((~fulfilled[i] & (failures == 1)).sum()),
-                unknown=int((~told[i]).sum()),
-            )
-            for i, text in enumerate(clauses)
-        ),
+    store = open_store(dataset_dir)
+    units = require_unit_names(store)
+    require_duplicates(store, units)
+    counts = map_in_order(
+        lambda unit: _count(candidate_table(store, unit), clauses), units, READERS
     )
+    clips, selected, *rest = sum(counts).tolist()
+    drops, alone, unknown = np.reshape(rest, (3, -1)).tolist()
+    return Choice(clips, selected, tuple(map(Clause, clauses, drops, alone, unknown)))
 
 
 def reselect(dataset_dir: DatasetPath, expression: str) -> Published:
@@ -110,23 +98,28 @@ def reselect(dataset_dir: DatasetPath, expression: str) -> Published:
     values = record.config.model_dump()
     values["selection"]["expression"] = expression
     config = IngestConfig.model_validate(values)
-    selected = {
-        unit: table.filter(pa.array(evaluate(table, expression)))
-        for unit, table in _candidates(store).items()
-    }
-    published, held_out = publish_dataset(
-        store, list(selected), selected, config, manifest.autoencoder, manifest.buckets
+    units = require_unit_names(store)
+    require_duplicates(store, units)
+    published = publish_dataset(
+        store,
+        units,
+        lambda unit: select_rows(candidate_table(store, unit), expression),
+        config,
+        manifest.autoencoder,
+        manifest.buckets,
     )
-    return Published(published.selection.version, published.selection.rows, held_out)
+    selection = published.manifest.selection
+    return Published(selection.version, selection.rows, published.held_out)
 
 
-def _candidates(store: Store) -> dict[str, pa.Table]:
-    """Clips of every unit, with all columns that a selection may use."""
-    units = [unit.name for unit in require_plan(store)]
-    duplicates = read_duplicates(store)
-    with ThreadPoolExecutor(READERS) as pool:
-        tables = pool.map(lambda unit: candidate_table(store, unit, duplicates), units)
-        return dict(zip(units, tables, strict=True))
+def _count(table: pa.Table, clauses: Sequence[str]) -> np.ndarray:
+    """Of a table its clips, those selected; and per clause what it drops, alone, and unknown."""
+    fails = ~_evaluate_each(table, clauses)
+    unknown = ~_evaluate_each(table, [f"({clause}) is not None" for clause in clauses])
+    failures = fails.sum(axis=0)
+    rows = (fails, fails & (failures == 1), unknown)
+    parts = [[table.num_rows, (failures == 0).sum()], *(row.sum(axis=1) for row in rows)]
+    return np.concatenate(parts)
 
 
 def _evaluate_each(table: pa.Table, expressions: Sequence[str]) -> np.ndarray:

@@ -112,13 +112,14 @@ ANNOTATION_SCHEMA = pa.schema(
 
 DUPLICATE_SCHEMA = pa.schema(
     [
+        ("unit", pa.string()),
         ("clip_id", pa.string()),
         ("duplicate", pa.bool_()),
         ("duplicate_of", pa.string()),
         ("duplicates", pa.int32()),
     ]
 )
-"""One row per clip that has near duplicates, ordered by id.
+"""One row per clip that has near duplicates, ordered by the unit that it is in, and its id.
 
 `duplicate_of` names the clip that stands for its group, the one whose source has most pixels; that
 one itself is no `duplicate`. `duplicates` counts the clips of the group.
@@ -172,6 +173,15 @@ SELECTION_SCHEMA = pa.schema(
 Files are relative to the dataset directory; rows count within their row group. `split` is `train`
 or `held_out`.
 """
+
+
+ID_TYPE = np.dtype("S16")
+"""Ids in an array: hexadecimal digits as bytes."""
+
+
+def id_array(ids: pa.Array | pa.ChunkedArray) -> np.ndarray:
+    """A column of ids as :data:`ID_TYPE`, a third of what Python objects take or less."""
+    return np.array(ids.to_pylist(), ID_TYPE)
 
 
 def text_schema(encoders: Iterable[str]) -> pa.Schema:

@@ -32,6 +32,11 @@ class StageRecord(StrictModel):
         return fingerprint(self.settings)
 
 
+def settings_fingerprint(settings: Mapping[str, Any]) -> str:
+    """Hash that :func:`adopt_settings` gives to the settings of a stage."""
+    return fingerprint(flatten(settings))
+
+
 def read_record(store: Store, stage: str) -> StageRecord | None:
     """The record of a stage; none where it never ran, or with another version."""
     try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
@@ -35,12 +35,24 @@ def write_table(
     kind: FileKind,
     rows: pa.Table | list[dict[str, Any]],
     schema: pa.Schema,
+    row_group: int | None = None,
+    statistics: Sequence[str] = (),
 ) -> FileRecord:
-    """Write a small table in one row group, atomically."""
+    """Write a small table atomically.
+
+    Args:
+        store: dataset.
+        path: file.
+        kind: what it holds.
+        rows: its rows.
+        schema: its columns.
+        row_group: rows of a row group; none puts all into one.
+        statistics: columns by which row groups are chosen when it is read.
+    """
     table = rows if isinstance(rows, pa.Table) else pa.Table.from_pylist(rows, schema=schema)
     sink = store.sink(path)
-    with open_parquet(sink.file, schema) as writer:
-        writer.write_table(table, row_group_size=max(1, table.num_rows))
+    with open_parquet(sink.file, schema, statistics=statistics) as writer:
+        writer.write_table(table, row_group_size=row_group or max(1, table.num_rows))
     size, digest = sink.finish()
     return FileRecord(path=path, kind=kind, rows=table.num_rows, bytes=size, sha256=digest)
 
@@ -60,10 +72,16 @@ def read_rows(store: Store, marker: Marker, kind: FileKind) -> list[dict[str, An
     return [row for path in paths for row in pq.read_table(store.source(path)).to_pylist()]
 
 
-def open_parquet(file: BinaryIO, schema: pa.Schema, compression: str = "zstd") -> pq.ParquetWriter:
+def open_parquet(
+    file: BinaryIO,
+    schema: pa.Schema,
+    compression: str = "zstd",
+    statistics: Sequence[str] = (),
+) -> pq.ParquetWriter:
     """Writer into an open file, which it leaves open.
 
-    Dictionaries and statistics are off: they would make a second copy of payloads in memory.
+    Dictionaries are off, and statistics but for the columns named: they would make a second copy
+    of payloads in memory.
     """
     return pq.ParquetWriter(
         pa.PythonFile(file, mode="w"),
@@ -71,7 +89,7 @@ def open_parquet(file: BinaryIO, schema: pa.Schema, compression: str = "zstd") -
         compression=compression,
         compression_level=1 if compression == "zstd" else None,
         use_dictionary=False,
-        write_statistics=False,
+        write_statistics=list(statistics),
     )
 
 

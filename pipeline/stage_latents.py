@@ -79,6 +79,8 @@ class EncodeLatents:
 
     def _encode(self, work: LatentWork, wanted: Wanted, retry_dead: bool) -> None:
         """Write the missing clips to new shards, after those that are there."""
+        ledger = Ledger(self.store, LATENTS)
+        ledger.begin(work.unit, wanted)
         records = list(work.marker.files) if work.marker else []
         parts = [bucket_and_part(record.path) for record in records]
         blocked = set() if retry_dead else quarantined_sources(self.store, work.unit)
@@ -90,7 +92,7 @@ class EncodeLatents:
         letters = clips.letters()
         write_dead_letters(self.store, LATENTS, work.unit, letters)
         counters = latent_counters(records, letters)
-        Ledger(self.store, LATENTS).finish(work.unit, wanted, records, counters)
+        ledger.finish(work.unit, wanted, records, counters)
 
     def _write_bucket(
         self, unit: str, bucket: str, first_part: int, clips: _DecodableClips, rows: list[Row]

@@ -50,10 +50,11 @@ class EncodeTexts:
             self._encode_null(row["settings"])
             return [result_row(NULL_UNIT, {})]
         work = TextWork.find(self.store, row["unit"])
+        ledger, wanted = Ledger(self.store, TEXT), work.wanted(row["settings"])
+        ledger.begin(work.unit, wanted)
         records = [self._write(work.unit, path, captions) for path, captions in work.shards]
         counters = text_counters(records)
-        wanted = work.wanted(row["settings"])
-        Ledger(self.store, TEXT).finish(work.unit, wanted, records, counters)
+        ledger.finish(work.unit, wanted, records, counters)
         return [result_row(work.unit, counters)]
 
     def _write(self, unit: str, latent_file: str, captions: list[Row]) -> FileRecord:
@@ -80,7 +81,9 @@ class EncodeTexts:
     def _encode_null(self, settings: str) -> None:
         """Write the states of the empty prompt."""
         row = {"clip_id": NULL_CLIP_ID, "caption": "", "caption_model": ""}
+        ledger, wanted = Ledger(self.store, TEXT), Wanted(settings=settings)
+        ledger.begin(NULL_UNIT, wanted)
         record = write_table(
             self.store, NULL_TEXT_FILE, "text-null", list(self._rows([row])), self._schema
         )
-        Ledger(self.store, TEXT).finish(NULL_UNIT, Wanted(settings=settings), [record], {})
+        ledger.finish(NULL_UNIT, wanted, [record], {})

@@ -38,12 +38,16 @@ class Sink(ABC):
     file: BinaryIO
     """What to write to."""
 
-    def finish(self) -> tuple[int, str]:
-        """Give the file its name; returns its bytes and their SHA-256."""
+    def digest(self) -> tuple[int, str]:
+        """Bytes written, and their SHA-256."""
         self.file.flush()
         self.file.seek(0)
         digest = hashlib.file_digest(self.file, "sha256").hexdigest()
-        size = self.file.tell()
+        return self.file.tell(), digest
+
+    def finish(self) -> tuple[int, str]:
+        """Give the file its name; returns its bytes and their SHA-256."""
+        size, digest = self.digest()
         self._publish()
         return size, digest
 

@@ -6,7 +6,7 @@ from conftest import scene_pictures, write_video
 from pipeline.check import check_dataset
 from pipeline.curate import curate
 from pipeline.duplicate_table import DUPLICATES_FILE, join_duplicates, read_duplicates
-from pipeline.duplicates import duplicate_rows, find_groups
+from pipeline.duplicates import find_duplicates, find_groups
 from pipeline.removal import remove_source
 from pipeline.schema import read_clips
 from pipeline.store import open_store
@@ -19,10 +19,15 @@ def flip(code: bytes, bits) -> bytes:
     return value.to_bytes(24, "big")
 
 
+def rows_of(codes):
+    """Hashes `uint8 [n, 24]`."""
+    return np.frombuffer(b"".join(codes), np.uint8).reshape(-1, 24)
+
+
 def groups_by_comparing_all(codes, max_distance):
     """Slow reference: join every close pair, smallest index names the group."""
     group = list(range(len(codes)))
-    numbers = [int(code, 16) for code in codes]
+    numbers = [int.from_bytes(code, "big") for code in codes]
     for i in range(len(codes)):
         for j in range(i):
             if (numbers[i] ^ numbers[j]).bit_count() <= max_distance:
@@ -39,22 +44,21 @@ def test_no_close_pair_is_missed(max_distance):
         flip(bases[generator.integers(12)], generator.integers(0, 192, generator.integers(0, 9)))
         for _ in range(120)
     ]
-    hashes = [code.hex() for code in codes]
-    expected = groups_by_comparing_all(hashes, max_distance)
-    assert find_groups(hashes, max_distance).tolist() == expected
+    expected = groups_by_comparing_all(codes, max_distance)
+    assert find_groups(rows_of(codes), max_distance).tolist() == expected
     assert 12 <= len(set(expected)) < 120
 
 
 def test_pairs_that_differ_in_every_band_but_one_are_found():
     code = bytes(24)
     spread = flip(code, range(0, 11 * 16, 16))  # one bit in each of eleven of twelve bands
-    assert find_groups([code.hex(), spread.hex()], 11).tolist() == [0, 0]
-    assert find_groups([code.hex(), flip(spread, [180]).hex()], 11).tolist() == [0, 1]
+    assert find_groups(rows_of([code, spread]), 11).tolist() == [0, 0]
+    assert find_groups(rows_of([code, flip(spread, [180])]), 11).tolist() == [0, 1]
 
 
 def test_many_equal_hashes_cost_no_more_than_one():
-    hashes = ["00" * 24] * 30_000 + ["ff" * 24]
-    groups = find_groups(hashes, 11)
+    hashes = [bytes(24)] * 30_000 + [b"\xff" * 24]
+    groups = find_groups(rows_of(hashes), 11)
     assert groups[:30_000].max() == 0
     assert groups[30_000] == 30_000
 
@@ -62,25 +66,21 @@ def test_many_equal_hashes_cost_no_more_than_one():
 def test_groups_do_not_depend_on_the_order_and_the_largest_source_stays():
     generator = np.random.default_rng(3)
     base, other = generator.bytes(24), generator.bytes(24)
-    clips = {
-        "clip_id": ["c", "a", "d", "b", "x"],
-        "phash": [
-            base.hex(),
-            flip(base, [5]).hex(),
-            flip(base, [9]).hex(),
-            base.hex(),
-            other.hex(),
-        ],
-    }
-    pixels = [100, 100, 400, 400, 900]
-    rows = list(duplicate_rows(clips, pixels, 11))
-    assert rows == [
-        {"clip_id": i, "duplicate_of": "b", "duplicate": i != "b", "duplicates": 4} for i in "abcd"
-    ]
-    order = [3, 0, 4, 2, 1]
-    shuffled = {name: [values[i] for i in order] for name, values in clips.items()}
-    assert list(duplicate_rows(shuffled, [pixels[i] for i in order], 11)) == rows
-    assert list(duplicate_rows({"clip_id": [], "phash": []}, [], 11)) == []
+    ids = np.array([b"c", b"a", b"d", b"b", b"x"])
+    codes = rows_of([base, flip(base, [5]), flip(base, [9]), base, other])
+    pixels = np.array([100, 100, 400, 400, 900])
+
+    def rows(order):
+        found = find_duplicates(ids[order], codes[order], pixels[order], 11)
+        names = ids[order]
+        return [
+            (names[clip], names[kept], size)
+            for clip, kept, size in zip(*(part.tolist() for part in found), strict=True)
+        ]
+
+    assert rows([0, 1, 2, 3, 4]) == [(name, b"b", 4) for name in (b"a", b"b", b"c", b"d")]
+    assert rows([3, 0, 4, 2, 1]) == rows([0, 1, 2, 3, 4])
+    assert rows(np.array([], int)) == []
 
 
 def textured(seed, frames=32, size=96):

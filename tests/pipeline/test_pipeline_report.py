@@ -137,8 +137,8 @@ def test_a_clip_is_found_by_the_beginning_of_its_id_and_played_out_in_order(data
     found = read_overview(dataset)
     rows = found.clips.to_pylist()
     row = next(row for row in rows if row["uri"].endswith("two.mp4") and row["start_s"] == 0)
-    assert find_clip(found, row["clip_id"][:8]) == row
-    assert find_clip(found, "zzz") is None
+    assert find_clip(dataset, row["clip_id"][:8]) == row
+    assert find_clip(dataset, "zzz") is None
     frames = clip_frames(row, 4, 64)
     picture = strip(frames, gap=2)
     assert picture.shape == (64, 4 * 64 + 3 * 2, 3)

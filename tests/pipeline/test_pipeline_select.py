@@ -10,7 +10,6 @@ from jobs.cli import app
 from pipeline.annotate import annotate
 from pipeline.config import IngestConfig
 from pipeline.curate import curate
-from pipeline.duplicate_table import read_duplicates
 from pipeline.encode import encode
 from pipeline.pending import candidate_table
 from pipeline.plan import read_plan
@@ -43,9 +42,7 @@ def dataset(encoded, tmp_path):
 
 def all_rows(dataset):
     store = open_store(dataset)
-    tables = [
-        candidate_table(store, unit.name, read_duplicates(store)) for unit in read_plan(store)
-    ]
+    tables = [candidate_table(store, unit.name) for unit in read_plan(store)]
     return [row for table in tables for row in table.to_pylist()]
 
 

@@ -121,7 +121,7 @@ def test_a_marker_counts_only_with_its_settings_inputs_and_files(tmp_path):
     path.write_bytes(b"12345")
     assert ledger.read_done({"u": FIRST}) == {}
     ledger.finish("u", FIRST, [record_of(path, tmp_path)], {"clips": 3})
-    assert ledger.read_done({"u": FIRST, "v": FIRST})["u"].counters == {"clips": 3}
+    assert ledger.read_done({"u": FIRST, "v": FIRST}) == {"u": {"clips": 3}}
     assert ledger.read_matching("u", FIRST).counters == {"clips": 3}
     for other in (SECOND, Wanted(settings="f1", inputs={"a": "1"})):
         assert ledger.read_done({"u": other}) == {}
@@ -133,6 +133,19 @@ def test_a_marker_counts_only_with_its_settings_inputs_and_files(tmp_path):
     assert ledger.read_done({"u": FIRST}) == {}
 
 
+def test_a_unit_begun_with_other_settings_has_no_marker_until_it_is_finished(tmp_path):
+    ledger = Ledger(tmp_path, "latents")
+    path = tmp_path / file_name("latent", "u", "b", 0)
+    path.parent.mkdir()
+    path.write_bytes(b"12345")
+    ledger.finish("u", FIRST, [record_of(path, tmp_path)], {"clips": 3})
+    ledger.begin("u", FIRST)
+    assert ledger.read_matching("u", FIRST) is not None
+    ledger.begin("u", SECOND)
+    path.write_bytes(b"54321")  # as large as what it replaces, and then the job dies
+    assert ledger.read_done({"u": FIRST}) == {}
+
+
 def test_a_sweep_removes_what_no_marker_lists(tmp_path):
     ledger = Ledger(tmp_path, "latents")
     folder = tmp_path / "latents"
@@ -140,11 +153,10 @@ def test_a_sweep_removes_what_no_marker_lists(tmp_path):
     names = ["latent-u-b-00000.parquet", "latent-u-b-00001.parquet", ".latent-u-b-00002.parquet"]
     for name in [*names[:2], names[2] + ".partial", "latent-v-b-00000.parquet", "mine.txt"]:
         (folder / name).write_bytes(b"x")
-    markers = [
-        ledger.finish(unit, FIRST, [record_of(folder / f"latent-{unit}-b-00000.parquet", tmp_path)])
-        for unit in ("u", "v")
-    ]
-    ledger.sweep(markers)
+    for unit in ("u", "v"):
+        shard = folder / f"latent-{unit}-b-00000.parquet"
+        ledger.finish(unit, FIRST, [record_of(shard, tmp_path)])
+    ledger.sweep(["u", "v", "w"])
     left = sorted(path.name for path in folder.iterdir())
     assert left == [names[0], "latent-v-b-00000.parquet", "mine.txt"]
 
@@ -155,7 +167,7 @@ def test_passing_failures_get_three_runs(tmp_path):
         assert ledger.attempt("u", FIRST) == run
         assert ledger.read_done({"u": FIRST}) == {}
         ledger.finish("u", FIRST, [], {"retryable": 1, "dead": 1}, run)
-    assert ledger.read_done({"u": FIRST})["u"].attempts == 3
+    assert ledger.read_done({"u": FIRST}) == {"u": {"retryable": 1, "dead": 1}}
     assert ledger.read_done({"u": FIRST}, retry_dead=True) == {}
     assert ledger.attempt("u", SECOND) == 1
 
