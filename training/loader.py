@@ -113,6 +113,8 @@ class BatchLoader(Dataset[list[Batch] | UserError]):
                 yield pending.popleft().result()
 
     def _by_processes(self, steps: range, pin: bool) -> Iterator[list[Batch]]:
+        if not steps:  # as in a run that has only to export; PyTorch refuses to start no process
+            return
         loader: DataLoader[list[Batch] | UserError] = DataLoader(
             self,
             sampler=steps,

@@ -278,6 +278,14 @@ def test_loader_processes_give_the_batches_of_the_thread(dataset_dir):
                 assert mask is None or torch.equal(mask, b.text[name][1])
 
 
+@pytest.mark.parametrize("processes", [0, 2])
+def test_a_run_without_steps_left_reads_nothing(dataset_dir, processes):
+    dataset = LatentDataset(dataset_dir, "train")
+    order = BatchOrder(dataset.buckets, 8, seed=1)
+    loader = BatchLoader(dataset, order, 4, 0, 1, 8, config=DataConfig(processes=processes))
+    assert list(loader.steps(5, 5)) == []
+
+
 def test_a_mistake_met_by_a_loader_process_is_the_same_one_line(dataset_dir, tmp_path):
     copy = shutil.copytree(dataset_dir, tmp_path / "copy")
     spoil_checksums(copy)
