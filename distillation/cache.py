@@ -184,9 +184,8 @@ class CachedRollouts:
                 f"{len(missing) - 1} more); run `streamdit rollouts` again to add them"
             )
 
-    def draw(
-        self, latent_shape: torch.Size, generator: torch.Generator, progress: float = 0.0
-    ) -> Draws:
+    @staticmethod
+    def draw(latent_shape: torch.Size, generator: torch.Generator, progress: float = 0.0) -> Draws:
         """Which of a clip's rollouts to take."""
         return {"choice": torch.randint(0, 1 << 30, (), generator=generator)}
 
