@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from streamdit.model.memory import recomputed_blocks
 from training.checkpoint import CheckpointFacts, load_checkpoint, save_checkpoint
 from training.data import Batch, LatentDataset
 from training.ema import ExponentialMovingAverage
@@ -160,7 +161,7 @@ class Run:
             world_size=self.world.size,
             device=device,
             peak=device_peak_flops(device) if config.precision == "bfloat16" else None,
-            recompute=config.activation_checkpointing,
+            recomputed=recomputed_blocks(config.activation_checkpointing, self.job.model.depth),
         )
 
     def _log(self, losses: Sequence[MicroLoss], meter: StepMeter) -> None:
