@@ -179,9 +179,8 @@ class CachedRollouts:
                     f"{wanted[name]}; change the `teacher` settings, or make the rollouts anew"
                 )
 
-    def draw(
-        self, latent_shape: torch.Size, generator: torch.Generator, progress: float = 0.0
-    ) -> Draws:
+    @staticmethod
+    def draw(latent_shape: torch.Size, generator: torch.Generator, progress: float = 0.0) -> Draws:
         """Which of a clip's rollouts to take."""
         return {"choice": torch.randint(0, 1 << 30, (), generator=generator)}
 

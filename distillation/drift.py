@@ -41,7 +41,7 @@ def stream_buffers(
         `start` with these rows replaced.
     """
     scheme = plan.scheme
-    rows, chosen = _rows(draws, origin)
+    rows, chosen = _rows(plan, draws, origin)
     if not rows:
         return start
     buffer, noise = start[rows], draws["noise"][rows, start.shape[1] :]
@@ -60,17 +60,20 @@ def stream_buffers(
 
 def moved_samples(plan: RolloutPlan, draws: Draws, origin: int) -> int:
     """Walks of one sample over its segments that :func:`stream_buffers` takes for these draws."""
-    rows, _ = _rows(draws, origin)
+    rows, _ = _rows(plan, draws, origin)
     return plan.drift.chunks * len(rows)
 
 
-def _rows(draws: Draws, origin: int) -> tuple[list[int], bool]:
+def _rows(plan: RolloutPlan, draws: Draws, origin: int) -> tuple[list[int], bool]:
     """Rows that a stream moves, and whether they are meant.
 
     One that is not is moved where none is, if such a stream is asked at all at this progress.
     """
-    asked = draws["ask_teacher" if origin == FROM_TEACHER else "ask_student"]
-    if not bool(asked[0]):
+    drift, teacher = plan.drift, origin == FROM_TEACHER
+    # Draws lie on the device: a plan that never asks must not wait for it.
+    if not (drift.needs_teacher if teacher else drift.needs_student):
+        return [], False
+    if not bool(draws["ask_teacher" if teacher else "ask_student"][0]):
         return [], False
     chosen = (draws["origin"] == origin).nonzero().flatten().tolist()
     return chosen or [0], bool(chosen)

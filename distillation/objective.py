@@ -7,6 +7,7 @@ guidance does the same: step and guidance distillation at once.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,7 +18,7 @@ from distillation.rollout import LiveRollouts, RolloutSource
 from streamdit.flow import VelocityFunction, flow_matching_loss
 from streamdit.io import read_model_config
 from training.data import Batch
-from training.objective import Draws
+from training.objective import Draw, Draws, Figures, Mean, Metrics
 
 if TYPE_CHECKING:
     from training.job import TrainJob
@@ -44,11 +45,10 @@ class MultistepDistillation:
         mean = sum(weights) / len(weights)
         self.segment_weights = tuple(weight / mean for weight in weights)
 
-    def draw(
-        self, latent_shape: torch.Size, generator: torch.Generator, progress: float = 0.0
-    ) -> Draws:
-        """Everything random of one sample, as the source wants it."""
-        return self.source.draw(latent_shape, generator, progress)
+    @property
+    def draw(self) -> Draw:
+        """Makes everything random of one sample, as the source wants it."""
+        return self.source.draw
 
     def extra_forwards(self, draws: Draws) -> int:
         """What the source spends on a batch of these draws."""
@@ -56,8 +56,8 @@ class MultistepDistillation:
 
     def __call__(
         self, student: VelocityFunction, batch: Batch, draws: Draws
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss over all frames that move, and its value per kind of buffer."""
+    ) -> tuple[Tensor, Figures]:
+        """Loss over all frames that move; figures give it per kind of buffer."""
         rollout = self.source(student, batch, draws)
         moving = rollout.moving.float()
         weight = moving * self.plan.at_segment(self.segment_weights, rollout.positions)
@@ -65,12 +65,15 @@ class MultistepDistillation:
         tau = self.plan.levels(rollout.positions, rollout.moving, 0)
         prediction = student(rollout.start, tau, batch.text)
         per_sample = flow_matching_loss(prediction, rollout.target, weight).mean(dim=1)
-        metrics = {}
-        for index, name in enumerate(KINDS):
-            rows = rollout.kind == index
-            if rows.any():
-                metrics[f"loss_{name}"] = per_sample.detach()[rows].mean()
-        return per_sample.mean(), metrics
+        return per_sample.mean(), partial(_by_kind, per_sample.detach(), rollout.kind)
+
+
+def _by_kind(per_sample: Tensor, kind: Tensor) -> Metrics:
+    """Loss of the samples of each kind of buffer."""
+    return {
+        f"loss_{name}": Mean((per_sample * (kind == index)).sum(), (kind == index).sum())
+        for index, name in enumerate(KINDS)
+    }
 
 
 def make_objective(job: TrainJob, device: torch.device) -> MultistepDistillation:

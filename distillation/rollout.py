@@ -22,7 +22,7 @@ from streamdit.flow import (
 )
 from streamdit.text.base import TextStates
 from training.data import Batch
-from training.objective import Draws
+from training.objective import Draw, Draws
 
 
 @dataclass(frozen=True)
@@ -47,10 +47,9 @@ class Rollout:
 class RolloutSource(Protocol):
     """Where rollouts come from: a teacher in memory, or files."""
 
-    def draw(
-        self, latent_shape: torch.Size, generator: torch.Generator, progress: float = 0.0
-    ) -> Draws:
-        """Everything random of one sample."""
+    @property
+    def draw(self) -> Draw:
+        """Makes everything random of one sample."""
         ...
 
     def __call__(self, student: VelocityFunction, batch: Batch, draws: Draws) -> Rollout:
@@ -118,11 +117,10 @@ class LiveRollouts:
         self.teacher = teacher
         self.plan = plan
 
-    def draw(
-        self, latent_shape: torch.Size, generator: torch.Generator, progress: float = 0.0
-    ) -> Draws:
+    @property
+    def draw(self) -> Draw:
         """See :meth:`RolloutPlan.draw`."""
-        return self.plan.draw(latent_shape, generator, progress)
+        return self.plan.draw
 
     @torch.no_grad()
     def __call__(self, student: VelocityFunction, batch: Batch, draws: Draws) -> Rollout:

@@ -155,16 +155,22 @@ def _training_table(facts: dict[str, Any]) -> Table:
     for name in ("weights", "gradients", "optimizer", "ema", "activations", "total"):
         sizes = (format_bytes(stage[name]) for stage in memory["stages"].values())
         table.add_row({"ema": "averaged weights"}.get(name, name), *sizes)
+    fewest = memory["fewest_recomputed"].values()
+    table.add_row(
+        f"activation_checkpointing on {facts['floor']['gpu']}",
+        *("not enough" if blocks is None else str(blocks) for blocks in fewest),
+    )
     return table
 
 
 def _activations(memory: dict[str, Any]) -> str:
-    ways = ["kept", "recomputed"]
-    if memory["activation_checkpointing"]:
-        ways.reverse()
-    other = format_bytes(memory["activations"][ways[1]])
+    kept, recomputed = (format_bytes(size) for size in memory["activations"].values())
     clips = _count(memory["micro_batch"], "clip")
-    return f"{clips} at once, activations {ways[0]} ({other} if {ways[1]})"
+    blocks = _count(memory["recomputed_blocks"], "block")
+    return (
+        f"{clips} at once, activations of {blocks} recomputed ({kept} if of none, {recomputed} if "
+        "of all); the last row is the fewest blocks that leave a tenth of the memory free"
+    )
 
 
 def _floor_table(facts: dict[str, Any]) -> Table:

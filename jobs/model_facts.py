@@ -22,11 +22,19 @@ from streamdit.errors import UserError
 from streamdit.gpus import Gpu
 from streamdit.io import CONFIG_FILE, read_model_config, resolve_source
 from streamdit.model import StreamDiT
-from streamdit.model.flops import PER_PROMPT, PER_SCHEDULE, count_flops, text_lengths
+from streamdit.model.flops import (
+    PER_PROMPT,
+    PER_SCHEDULE,
+    count_flops,
+    recomputed_flops,
+    text_lengths,
+)
 from streamdit.model.memory import (
     BF16,
     FLOAT32,
     activation_bytes,
+    fewest_recomputed,
+    recomputed_blocks,
     streaming_bytes,
     training_memory,
 )
@@ -35,6 +43,10 @@ from streamdit.published import TEXT_ENCODERS, WAN_AUTOENCODERS, text_encoder_pa
 
 TEXT_TOKENS = 64
 """Tokens of a prompt from an encoder that has no known length."""
+
+USABLE_SHARE = 0.9
+"""Of a GPU's memory; the rest is for what is not counted, such as fragmentation and buckets of
+gradients under way."""
 
 KEPT_PARTS = ("blocks.modulation", "time_embedding", "shared_modulation", "text")
 """Parts whose weights a stream's step need not read: what they give is kept from step to step."""
@@ -58,7 +70,7 @@ class RunFacts:
     world_size: int = 1
     micro_batch: int = 1
     zero_stage: int = 1
-    activation_checkpointing: bool = False
+    activation_checkpointing: bool | int = False
     ema: bool = True
 
 
@@ -192,7 +204,7 @@ def describe(subject: Subject, gpu: Gpu) -> dict[str, Any]:
         "sampling": _describe_sampling(subject),
         "memory": {
             "inference": _inference_memory(subject, total, sum(lengths.values())),
-            "training": _training_memory(subject, total, sum(lengths.values())),
+            "training": _training_memory(subject, total, sum(lengths.values()), gpu),
         },
     }
     return facts | {"floor": _floor(subject, facts, gpu)}
@@ -285,25 +297,31 @@ def _inference_memory(subject: Subject, parameters: int, text_tokens: int) -> di
     }
 
 
-def _training_memory(subject: Subject, parameters: int, text_tokens: int) -> dict[str, Any]:
-    """Memory of one device at every ZeRO stage, with and without activation checkpointing."""
-    run = subject.run
-    bucket = max(subject.model.buckets, key=lambda b: b.frames * b.height * b.width)
-    activations = {
-        name: activation_bytes(subject.model, bucket, text_tokens, run.micro_batch, checkpointing)
-        for name, checkpointing in (("kept", False), ("recomputed", True))
-    }
-    chosen = activations["recomputed" if run.activation_checkpointing else "kept"]
-    stages = {}
+def _training_memory(
+    subject: Subject, parameters: int, text_tokens: int, gpu: Gpu
+) -> dict[str, Any]:
+    """Memory of one device at every ZeRO stage, and how many blocks to recompute on `gpu`."""
+    run, model = subject.run, subject.model
+    bucket = max(model.buckets, key=lambda b: b.frames * b.height * b.width)
+    shape = (model, bucket, text_tokens, run.micro_batch)
+    recomputed = recomputed_blocks(run.activation_checkpointing, model.depth)
+    kept = activation_bytes(*shape, recomputed)
+    stages, fewest = {}, {}
     for stage in (1, 2, 3):
-        memory = training_memory(parameters, stage, run.world_size, chosen, run.ema)
+        memory = training_memory(parameters, stage, run.world_size, kept, run.ema)
         stages[str(stage)] = asdict(memory) | {"total": memory.total}
+        room = USABLE_SHARE * gpu.memory - (memory.total - kept)
+        fewest[str(stage)] = fewest_recomputed(*shape, room)
     return {
         "world_size": run.world_size,
         "micro_batch": run.micro_batch,
         "zero_stage": run.zero_stage,
-        "activation_checkpointing": run.activation_checkpointing,
-        "activations": activations,
+        "recomputed_blocks": recomputed,
+        "activations": {
+            "kept": activation_bytes(*shape),
+            "recomputed": activation_bytes(*shape, model.depth),
+        },
+        "fewest_recomputed": fewest,
         "stages": stages,
     }
 
@@ -334,13 +352,18 @@ def _floor(subject: Subject, facts: dict[str, Any], gpu: Gpu) -> dict[str, Any]:
             "step_fp8": None if gpu.fp8 is None else max(flops / gpu.fp8, bandwidth / 2),
             "frames_per_second": sampling["video_frames_per_chunk"] / (steps * step),
         }
-    run = subject.run
-    passes = 4 if run.activation_checkpointing else 3
+    run, depth = subject.run, subject.model.depth
+    recomputed = recomputed_flops(
+        subject.model,
+        bucket["flops_by_part"],
+        recomputed_blocks(run.activation_checkpointing, depth),
+    )
+    training = 3 * bucket["flops_per_forward"] + recomputed
     return {
         "gpu": gpu.title,
         "rates": f"bf16 {gpu.bf16 / 1e12:g} TFLOP/s, {gpu.bandwidth / 1e12:g} TB/s",
         "rates_source": gpu.source,
         "gpu_memory": gpu.memory,
         **floors,
-        "training_micro_batch": passes * run.micro_batch * bucket["flops_per_forward"] / gpu.bf16,
+        "training_micro_batch": run.micro_batch * training / gpu.bf16,
     }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -144,8 +144,9 @@ class RunConfig(StrictModel):
     """DeepSpeed ZeRO stage: shards optimizer state (1), gradients (2), parameters (3)."""
     offload_optimizer: bool = False
     """Keep float32 weights and moments in the memory of the host, and update them there."""
-    activation_checkpointing: bool = False
-    """Recompute activations in the backward pass to save memory."""
+    activation_checkpointing: bool | Annotated[int, Field(ge=0)] = False
+    """Recompute activations in the backward pass to save memory: of all blocks, or of the first so
+    many; `streamdit describe` tells how many it takes."""
     skip_limit: int = Field(default=10, gt=0)
     """Steps in a row that may be skipped for a loss or gradient that is not finite; then the run
     stops."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -34,6 +34,7 @@ class Batch:
         null_text: states of the empty caption, batch 1.
         clip_ids: identity of each clip.
         sample_indices: place of each clip in the global batch.
+        draws: what an objective drew for each clip, each `[b, ...]` (:data:`Draws` there).
     """
 
     latents: Tensor
@@ -41,6 +42,7 @@ class Batch:
     null_text: TextStates
     clip_ids: list[str]
     sample_indices: list[int]
+    draws: dict[str, Tensor] = field(default_factory=dict)
 
     def to(self, device: torch.device) -> Batch:
         """Copy to `device`; from pinned memory without waiting for it."""
@@ -73,6 +75,7 @@ class Batch:
             latents=function(self.latents),
             text=of(self.text),
             null_text=of(self.null_text),
+            draws={name: function(values) for name, values in self.draws.items()},
         )
 
 

@@ -11,6 +11,7 @@ import torch
 
 from streamdit.errors import UserError
 from streamdit.model import StreamDiT
+from streamdit.model.memory import recomputed_blocks
 from training.config import RunConfig
 from training.data import Batch
 from training.engine import World
@@ -89,7 +90,8 @@ def memory_errors(
         smaller = [size for size in range(1, len(latents)) if share % size == 0]
         if smaller:
             remedies.append(f"micro_batch={smaller[-1]}")
-        if not config.activation_checkpointing:
+        depth = model.config.depth
+        if recomputed_blocks(config.activation_checkpointing, depth) < depth:
             remedies.append("activation_checkpointing=true")
         if config.zero_stage < 3:
             remedies.append(f"zero_stage={config.zero_stage + 1}")

@@ -1,7 +1,7 @@
-"""Micro-batches of one rank, read ahead while the model computes.
+"""Micro-batches of one rank, read and drawn for ahead while the model computes.
 
-Reading is done by a thread, or by processes where that is too slow for the model; both give the
-same batches, since every step is read by itself.
+That is done by a thread, or by processes where it is too slow for the model; both give the same
+batches, since every step is read by itself.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from streamdit.errors import UserError
 from streamdit.text.base import TextStates
 from training.config import DataConfig
 from training.data import Batch, LatentDataset
+from training.objective import Draw, Draws, stack_draws
 from training.order import BatchOrder, sample_generator
 
 
@@ -32,6 +33,8 @@ class BatchLoader(Dataset[list[Batch] | UserError]):
         world_size: number of workers; rank r takes the r-th slice of every global batch.
         micro_batch: clips per micro-batch.
         config: how to read ahead.
+        draw: makes each clip's draws for the objective; default: batches have none.
+        run_steps: steps of the whole run, which the progress that is drawn for is a share of.
     """
 
     def __init__(
@@ -43,12 +46,16 @@ class BatchLoader(Dataset[list[Batch] | UserError]):
         world_size: int,
         micro_batch: int,
         config: DataConfig | None = None,
+        draw: Draw | None = None,
+        run_steps: int = 1,
     ) -> None:
         self.dataset = dataset
         self.order = order
         self.frames = frames
         self.micro_batch = micro_batch
         self.config = config or DataConfig()
+        self.draw = draw
+        self.run_steps = run_steps
         share = order.global_batch // world_size
         self._slice = range(rank * share, (rank + 1) * share)
         self._null_text = dataset.null_text()
@@ -92,13 +99,23 @@ class BatchLoader(Dataset[list[Batch] | UserError]):
             )
             for index in indices
         ]
+        latents = torch.stack([sample["latents"] for sample in samples])
         return Batch(
-            torch.stack([sample["latents"] for sample in samples]),
+            latents,
             TextStates.collate([sample["text"] for sample in samples]),
             self._null_text,
             [sample["clip_id"] for sample in samples],
             indices,
+            self._draws(latents.shape[1:], indices, step),
         )
+
+    def _draws(self, latent_shape: torch.Size, indices: list[int], step: int) -> Draws:
+        """Draws of the clips at `indices`; a pure function of (seed, step, index)."""
+        if self.draw is None:
+            return {}
+        generators = (sample_generator(self.order.seed, step, index, "draws") for index in indices)
+        progress = step / self.run_steps
+        return stack_draws([self.draw(latent_shape, each, progress) for each in generators])
 
     def _by_thread(self, steps: range, pin: bool) -> Iterator[list[Batch]]:
         def load(step: int) -> list[Batch]:
@@ -113,6 +130,8 @@ class BatchLoader(Dataset[list[Batch] | UserError]):
                 yield pending.popleft().result()
 
     def _by_processes(self, steps: range, pin: bool) -> Iterator[list[Batch]]:
+        if not steps:  # as in a run that has only to export; PyTorch refuses to start no process
+            return
         loader: DataLoader[list[Batch] | UserError] = DataLoader(
             self,
             sampler=steps,

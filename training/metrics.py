@@ -8,14 +8,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from streamdit.config import DiTConfig
 from streamdit.gpus import find_gpu
-from streamdit.model.flops import count_flops
+from streamdit.model.flops import count_flops, recomputed_flops
 from training.data import Batch
 
 
@@ -34,6 +34,14 @@ def peak_memory_bytes(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+class SampleCost(NamedTuple):
+    """Latent tokens of a sample, operations of its forward pass, and of what is recomputed."""
+
+    tokens: int
+    flops: int
+    recomputed: int
+
+
 @dataclass
 class StepMeter:
     """Collects step times and gives the figures of a log line.
@@ -43,21 +51,22 @@ class StepMeter:
         world_size: number of devices.
         device: where it runs.
         peak: FLOP/s that utilisation is measured against; None leaves it out.
-        recompute: one more forward pass for activation checkpointing.
+        recomputed: blocks that activation checkpointing runs once more.
     """
 
     model: DiTConfig
     world_size: int
     device: torch.device
     peak: float | None
-    recompute: bool
+    recomputed: int = 0
     _steps: list[float] = field(default_factory=list)
     _waits: list[float] = field(default_factory=list)
     _samples: int = 0
     _tokens: int = 0
     _forward_flops: float = 0.0
     _extra_flops: float = 0.0
-    _costs: dict[tuple[Any, ...], tuple[int, int]] = field(default_factory=dict)
+    _recomputed_flops: float = 0.0
+    _costs: dict[tuple[Any, ...], SampleCost] = field(default_factory=dict)
 
     def add(
         self,
@@ -78,12 +87,15 @@ class StepMeter:
             lengths = tuple((name, values.shape[1]) for name, (values, _) in batch.text.items())
             shape = (height, width, lengths)
             if shape not in self._costs:
-                self._costs[shape] = sample_cost(self.model, height, width, dict(lengths))
-            tokens, flops = self._costs[shape]
+                self._costs[shape] = sample_cost(
+                    self.model, height, width, dict(lengths), self.recomputed
+                )
+            cost = self._costs[shape]
             self._samples += samples
-            self._tokens += samples * tokens
-            self._forward_flops += samples * flops
-            self._extra_flops += extra * flops
+            self._tokens += samples * cost.tokens
+            self._forward_flops += samples * cost.flops
+            self._extra_flops += extra * cost.flops
+            self._recomputed_flops += samples * cost.recomputed
 
     def flush(self, steps_left: int) -> dict[str, float]:
         """Figures over the steps since the last flush."""
@@ -104,21 +116,23 @@ class StepMeter:
         figures["model_tflops_per_device"] = model_flops / 1e12
         if self.peak:
             figures["mfu"] = model_flops / self.peak
-            figures["hfu"] = (model_flops + int(self.recompute) * forward) / self.peak
+            figures["hfu"] = (model_flops + self._recomputed_flops / seconds) / self.peak
         self._steps.clear()
         self._waits.clear()
         self._samples = self._tokens = 0
-        self._forward_flops = self._extra_flops = 0.0
+        self._forward_flops = self._extra_flops = self._recomputed_flops = 0.0
         return figures
 
 
 def sample_cost(
-    model: DiTConfig, height: int, width: int, text_tokens: Mapping[str, int]
-) -> tuple[int, int]:
-    """Latent tokens of one sample, and the operations of its forward pass."""
+    model: DiTConfig, height: int, width: int, text_tokens: Mapping[str, int], recomputed: int = 0
+) -> SampleCost:
+    """Cost of one sample with so many `recomputed` blocks."""
     bucket = next(b for b in model.buckets if (b.height, b.width) == (height, width))
     frames, rows, columns = model.token_grid(bucket)
-    return frames * rows * columns, count_flops(model, bucket, text_tokens)["total"]
+    parts = count_flops(model, bucket, text_tokens)
+    again = recomputed_flops(model, parts, recomputed)
+    return SampleCost(frames * rows * columns, parts["total"], again)
 
 
 class MetricsFile:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
@@ -39,15 +41,18 @@ class Mean(NamedTuple):
 Metrics = dict[str, Mean | Tensor]
 """Detached figures by name; a plain scalar counts with weight 1."""
 
+Figures = Callable[[], Metrics]
+"""Computes the figures to log when it is called: few steps are logged."""
 
-class Objective(Protocol):
-    """A loss on a batch, split into its random draws and everything else.
 
-    The draws of a sample come from that sample's own generator, so they do not depend on the
-    number of workers or on where a run was resumed.
+class Draw(Protocol):
+    """Makes the draws of one sample, from its own generator.
+
+    So they do not depend on the number of workers or on where a run was resumed. They are made
+    ahead, beside the reading: what makes them is picklable and holds no model.
     """
 
-    def draw(
+    def __call__(
         self, latent_shape: torch.Size, generator: torch.Generator, progress: float = 0.0
     ) -> Draws:
         """Draws of one sample with latents of `latent_shape` `[f, C, h, w]`.
@@ -56,9 +61,18 @@ class Objective(Protocol):
         """
         ...
 
+
+class Objective(Protocol):
+    """A loss on a batch, split into its random draws and everything else."""
+
+    @property
+    def draw(self) -> Draw:
+        """What makes the draws of a sample."""
+        ...
+
     def __call__(
         self, student: VelocityFunction, batch: Batch, draws: Draws
-    ) -> tuple[Tensor, Metrics]:
+    ) -> tuple[Tensor, Figures]:
         """Loss (scalar, float32) and figures to log."""
         ...
 
@@ -75,6 +89,32 @@ def stack_draws(draws: Sequence[Draws]) -> Draws:
     return {name: torch.stack([draw[name] for draw in draws]) for name in draws[0]}
 
 
+@dataclass(frozen=True)
+class MixtureDraw:
+    """Draws a scheme and tau, noise, and whether the caption is kept.
+
+    Attributes:
+        mixture: partitions to draw from.
+        caption_dropout: share of captions replaced by the empty one.
+    """
+
+    mixture: PartitionMixture
+    caption_dropout: float
+
+    def __call__(
+        self, latent_shape: torch.Size, generator: torch.Generator, progress: float = 0.0
+    ) -> Draws:
+        """Draws of one sample; the same at any progress."""
+        partition = self.mixture.draw(generator)
+        return {
+            "tau": partition.tau,
+            "weight": partition.weight,
+            "chunk_frames": torch.tensor(partition.scheme.c),
+            "noise": torch.randn(latent_shape, generator=generator),
+            "keep_caption": torch.rand((), generator=generator) >= self.caption_dropout,
+        }
+
+
 class FlowMatching:
     """Buffered flow matching with mixed partitions (arXiv:2507.03745v4, Eqs. 3, 5, 6, 8).
 
@@ -87,44 +127,33 @@ class FlowMatching:
     def __init__(
         self, partition: PartitionConfig, buffer_frames: int, caption_dropout: float
     ) -> None:
-        self.mixture = PartitionMixture(partition, buffer_frames)
-        self.chunk_sizes = sorted({scheme.c for scheme in self.mixture.schemes})
-        segments = min(MOST_SEGMENTS, max(scheme.N for scheme in self.mixture.schemes))
+        mixture = PartitionMixture(partition, buffer_frames)
+        self.draw = MixtureDraw(mixture, caption_dropout)
+        self.chunk_sizes = sorted({scheme.c for scheme in mixture.schemes})
+        segments = min(MOST_SEGMENTS, max(scheme.N for scheme in mixture.schemes))
         # Ends of the noise segments that the loss is reported by, the noisiest first.
         self.segment_ends = apply_gamma(torch.arange(1, segments) / segments, partition.gamma)
         self.sigma_min = partition.sigma_min
-        self.caption_dropout = caption_dropout
-
-    def draw(
-        self, latent_shape: torch.Size, generator: torch.Generator, progress: float = 0.0
-    ) -> Draws:
-        """Scheme and tau, noise, and whether the caption is kept."""
-        partition = self.mixture.draw(generator)
-        return {
-            "tau": partition.tau,
-            "weight": partition.weight,
-            "chunk_frames": torch.tensor(partition.scheme.c),
-            "noise": torch.randn(latent_shape, generator=generator),
-            "keep_caption": torch.rand((), generator=generator) >= self.caption_dropout,
-        }
 
     def __call__(
         self, student: VelocityFunction, batch: Batch, draws: Draws
-    ) -> tuple[Tensor, Metrics]:
-        """Mean squared velocity error; metrics give it per chunk size and noise segment too."""
+    ) -> tuple[Tensor, Figures]:
+        """Mean squared velocity error; figures give it per chunk size and noise segment."""
         latents = interpolate(batch.latents, draws["noise"], draws["tau"], self.sigma_min)
         target = velocity_target(batch.latents, draws["noise"], self.sigma_min)
         text = batch.text.where(draws["keep_caption"], batch.null_text)
         prediction = student(latents, draws["tau"], text)
         per_frame = flow_matching_loss(prediction, target, draws["weight"])
-        per_sample = per_frame.mean(dim=1)
-        metrics = self._by_chunk_size(per_sample.detach(), draws["chunk_frames"])
-        metrics |= self._by_segment(per_frame.detach(), draws["weight"], draws["tau"])
-        return per_sample.mean(), metrics
+        return per_frame.mean(dim=1).mean(), partial(self._figures, per_frame.detach(), draws)
 
     def extra_forwards(self, draws: Draws) -> int:
         """None: the student answers once."""
         return 0
+
+    def _figures(self, per_frame: Tensor, draws: Draws) -> Metrics:
+        """Figures of a batch with these losses `[b, f]`."""
+        chunks = self._by_chunk_size(per_frame.mean(dim=1), draws["chunk_frames"])
+        return chunks | self._by_segment(per_frame, draws["weight"], draws["tau"])
 
     def _by_chunk_size(self, per_sample: Tensor, chunk_frames: Tensor) -> Metrics:
         """Loss of the samples of each chunk size."""

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
+from streamdit.model.memory import recomputed_blocks
 from training.checkpoint import CheckpointFacts, load_checkpoint, save_checkpoint
 from training.data import Batch, LatentDataset
 from training.ema import ExponentialMovingAverage
@@ -18,13 +21,21 @@ from training.job import TrainJob
 from training.loader import BatchLoader
 from training.means import Means
 from training.metrics import StepMeter, device_peak_flops
-from training.objective import Mean, Objective, stack_draws
-from training.order import BatchOrder, sample_generator
+from training.objective import Draw, Figures, Mean, Objective
+from training.order import BatchOrder
 from training.records import Records
 from training.samples import sample_videos
 from training.schedule import learning_rate
 from training.stop import Interrupted, StopRequest
 from training.validation import validate
+
+
+class MicroLoss(NamedTuple):
+    """Loss of a micro-batch: on the device, of how many clips, and what else may be logged."""
+
+    loss: Tensor
+    clips: int
+    figures: Figures
 
 
 class Run:
@@ -63,7 +74,7 @@ class Run:
             dataset.row_groups,
             dataset.groups_in(config.shuffle_mb),
         )
-        self.loader = self._loader(dataset, order, micro_batch)
+        self.loader = self._loader(dataset, order, micro_batch, objective.draw)
         self.held_out_loader = self._loader(self.held_out, order, 1)
         self.checkpoints = Path(job.out) / "checkpoints"
         self.fingerprint = job.fingerprint()
@@ -80,10 +91,13 @@ class Run:
             keep=world.is_main,
         )
 
-    def _loader(self, dataset: LatentDataset, order: BatchOrder, micro: int) -> BatchLoader:
-        frames = self.job.model.buffer_frames
-        world = self.world
-        return BatchLoader(dataset, order, frames, world.rank, world.size, micro, self.config.data)
+    def _loader(
+        self, dataset: LatentDataset, order: BatchOrder, micro: int, draw: Draw | None = None
+    ) -> BatchLoader:
+        frames, world, config = self.job.model.buffer_frames, self.world, self.config
+        return BatchLoader(
+            dataset, order, frames, world.rank, world.size, micro, config.data, draw, config.steps
+        )
 
     def train(self, stop: StopRequest) -> None:
         """Steps from the current one to the last.
@@ -98,12 +112,12 @@ class Run:
             started = time.perf_counter()
             waited = started - waiting
             with memory_errors(config, self.engine.module, batches, self.world):
-                figures, extra_forwards = self._train_step(batches, stop)
+                losses, extra_forwards = self._train_step(batches, stop)
             waiting = time.perf_counter()
             meter.add(waiting - started + waited, waited, batches, extra_forwards)
             last = self.step == config.steps
             if last or self.step % config.log_every == 0 or self.step == 1:
-                self._log(figures, meter)
+                self._log(losses, meter)
             stopping = stop.agreed() and not last
             # Who asks to stop may not wait long, so nothing comes before the checkpoint then.
             if not stopping and (last or self.step % config.validation.every == 0):
@@ -114,45 +128,31 @@ class Run:
                 raise Interrupted(f"stopped at step {self.step}; the same command continues")
             waiting = time.perf_counter()
 
-    def _train_step(self, batches: list[Batch], stop: StopRequest) -> tuple[Means, list[int]]:
-        """One optimizer step over its micro-batches.
+    def _train_step(
+        self, batches: list[Batch], stop: StopRequest
+    ) -> tuple[list[MicroLoss], list[int]]:
+        """One optimizer step over its micro-batches, without a wait for the device in between.
 
         Returns:
-            Its figures, which stay on the device, and each micro-batch's extra forward passes.
+            Each micro-batch's loss, which stays on the device, and its extra forward passes.
         """
-        config, device = self.config, self.world.device
+        config = self.config
         set_learning_rate(self.engine, learning_rate(config.optimizer, self.step, config.steps))
-        figures, losses, extra_forwards = Means(), [], []
+        losses, extra_forwards = [], []
         for batch in batches:
-            draws = stack_draws(
-                [
-                    self.objective.draw(
-                        batch.latents.shape[1:],
-                        sample_generator(config.seed, self.step, index, "draws"),
-                        self.step / config.steps,
-                    )
-                    for index in batch.sample_indices
-                ]
-            )
-            extra_forwards.append(self.objective.extra_forwards(draws))
-            loss, metrics = self.objective(
-                self.engine,
-                batch.to(device),
-                {name: value.to(device) for name, value in draws.items()},
-            )
+            extra_forwards.append(self.objective.extra_forwards(batch.draws))
+            loss, figures = self.objective(self.engine, batch, batch.draws)
             self.engine.backward(loss)
             if batch is batches[-1]:
                 stop.ask()
             self.engine.step()
-            losses.append(loss.detach())
-            weight = torch.tensor(len(batch.clip_ids), device=device)
-            figures.add({"loss": Mean(losses[-1] * weight, weight), **metrics})
+            losses.append(MicroLoss(loss.detach(), len(batch.clip_ids), figures))
         self.step += 1
         skipped = bool(self.engine.optimizer.overflow)
         if not skipped:
             self.ema.update()
-        self.skipped.note(self.step, skipped, batches, losses)
-        return figures, extra_forwards
+        self.skipped.note(self.step, skipped, batches, [micro.loss for micro in losses])
+        return losses, extra_forwards
 
     def _meter(self) -> StepMeter:
         config, device = self.config, self.world.device
@@ -161,13 +161,15 @@ class Run:
             world_size=self.world.size,
             device=device,
             peak=device_peak_flops(device) if config.precision == "bfloat16" else None,
-            recompute=config.activation_checkpointing,
+            recomputed=recomputed_blocks(config.activation_checkpointing, self.job.model.depth),
         )
 
-    def _log(self, step: Means, meter: StepMeter) -> None:
-        """Fetch the last step's figures, as means over all ranks, and record them."""
-        config = self.config
-        figures = step.reduce(self.world) | {
+    def _log(self, losses: Sequence[MicroLoss], meter: StepMeter) -> None:
+        """Compute the last step's figures, as means over all ranks, and record them."""
+        config, means = self.config, Means()
+        for loss, clips, more in losses:
+            means.add({"loss": Mean(loss * clips, torch.full_like(loss, clips)), **more()})
+        figures = means.reduce(self.world) | {
             "epoch": self.loader.order.epoch(self.step - 1),
             "learning_rate": learning_rate(config.optimizer, self.step - 1, config.steps),
             "gradient_norm": float(self.engine.get_global_grad_norm() or 0.0),

@@ -45,7 +45,7 @@ def validate(
         generator = sample_generator(VALIDATION_SEED, 0, index, "draws")
         draws = stack_draws([objective.draw(batch.latents.shape[1:], generator)])
         draws = {name: value.to(world.device) for name, value in draws.items()}
-        loss, metrics = objective(student, batch, draws)
+        loss, more = objective(student, batch, draws)
         if start + world.rank < len(clips):
-            figures.add({"loss": loss, **metrics})
+            figures.add({"loss": loss, **more()})
     return figures.reduce(world)

@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from streamdit.config import DiTConfig
 from streamdit.model.block import Block, WindowContext
+from streamdit.model.memory import recomputed_blocks
 from streamdit.model.modulation import (
     Float32LayerNorm,
     Float32Linear,
@@ -56,7 +57,9 @@ class StreamDiT(nn.Module):
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
         self.config = config
-        self.activation_checkpointing = False
+        self.activation_checkpointing: bool | int = False
+        """Blocks whose activations are recomputed in the backward pass: all, none or the first
+        so many."""
         voxels = config.patch[0] * config.patch[1] * config.patch[2]
         self.patch_embedding = nn.Linear(voxels * config.latent_channels, config.width)
         self.time_embedding = TimeEmbedding(config)
@@ -105,9 +108,10 @@ class StreamDiT(nn.Module):
         contexts = self.window_contexts(latents.shape, latents.device)
         time, shared = self.embed_time(tau)
         x = self.embed_latents(latents)
+        recomputed = recomputed_blocks(self.activation_checkpointing, len(self.blocks))
         for index, block in enumerate(self.blocks):
             arguments = (x, time, shared, text, contexts[index % 2])
-            if self.activation_checkpointing and torch.is_grad_enabled():
+            if index < recomputed and torch.is_grad_enabled():
                 x = checkpoint(block, *arguments, use_reentrant=False)
             else:
                 x = block(*arguments)

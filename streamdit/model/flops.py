@@ -14,6 +14,13 @@ PER_SCHEDULE = ("time_embedding", "modulation")
 """Parts that depend on tau alone: once a stream runs, tau comes round with every chunk."""
 
 
+IN_BLOCKS = (
+    *("attention_projections", "window_attention", "feed_forward"),
+    *("text_queries_outputs", "text_keys_values", "text_attention"),
+)
+"""Parts that lie in the blocks alone; with adaLN-zero most of the modulation does too."""
+
+
 def count_flops(
     config: DiTConfig,
     bucket: BucketConfig | None = None,
@@ -59,6 +66,14 @@ def count_flops(
         "output": 2 * tokens * width * voxels,
     }
     return parts | {"total": sum(parts.values())}
+
+
+def recomputed_flops(config: DiTConfig, parts: Mapping[str, int], blocks: int) -> int:
+    """Operations of running `blocks` blocks once more, of a forward pass with these `parts`."""
+    in_blocks = sum(parts[name] for name in IN_BLOCKS)
+    if config.modulation == "zero":
+        in_blocks += parts["modulation"] * 6 * config.depth // (6 * config.depth + 2)
+    return in_blocks * blocks // config.depth
 
 
 def text_lengths(config: DiTConfig, text_tokens: int | Mapping[str, int]) -> dict[str, int]:

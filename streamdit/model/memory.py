@@ -72,17 +72,33 @@ def training_memory(
     )
 
 
-def activation_bytes(
-    config: DiTConfig, bucket: BucketConfig, text_tokens: int, batch: int, checkpointing: bool
-) -> int:
-    """What the backward pass keeps of `batch` samples.
+def recomputed_blocks(setting: bool | int, depth: int) -> int:
+    """Blocks, the first ones, that `activation_checkpointing` speaks of: all, none or so many."""
+    return depth if setting is True else min(int(setting), depth)
 
-    With checkpointing, that is every block's input, and all of one block while it is recomputed.
+
+def activation_bytes(
+    config: DiTConfig, bucket: BucketConfig, text_tokens: int, batch: int, recomputed: int = 0
+) -> int:
+    """What the backward pass keeps of `batch` samples, at its most.
+
+    Of the first `recomputed` blocks that is their input, and all of one while it is recomputed. By
+    then what was kept of the blocks behind them is free again.
     """
     per_block = batch * block_activation_bytes(config, bucket, text_tokens)
-    if not checkpointing:
-        return config.depth * per_block
-    return config.depth * batch * _tokens(config, bucket) * config.width * BF16 + per_block
+    block_input = batch * _tokens(config, bucket) * config.width * BF16
+    return recomputed * block_input + max(config.depth - recomputed, 1) * per_block
+
+
+def fewest_recomputed(
+    config: DiTConfig, bucket: BucketConfig, text_tokens: int, batch: int, room: float
+) -> int | None:
+    """Fewest blocks to recompute for `batch` samples to keep at most `room` bytes; None: no way."""
+    sizes = (
+        activation_bytes(config, bucket, text_tokens, batch, blocks)
+        for blocks in range(config.depth + 1)
+    )
+    return next((blocks for blocks, size in enumerate(sizes) if size <= room), None)
 
 
 def block_activation_bytes(config: DiTConfig, bucket: BucketConfig, text_tokens: int) -> int:

@@ -72,9 +72,22 @@ class TextStates(Mapping[str, MaskedStates]):
         return self.select([0] * batch)
 
     def where(self, keep: Tensor, other: TextStates) -> TextStates:
-        """Rows of self where `keep [b]` is true, of `other` elsewhere (caption dropout)."""
-        rows = [row if kept else self.batch + row for row, kept in enumerate(keep.tolist())]
-        return TextStates.concatenate([self, other.expand(self.batch)]).select(rows)
+        """Rows of self where `keep [b]` is true, of `other` elsewhere (caption dropout).
+
+        `other` has as many rows, or one for all.
+        """
+        states: dict[str, MaskedStates] = {}
+        for name, (values, mask) in self._states.items():
+            # No row is looked up by its number: that would make the host wait for `keep`.
+            length = max(values.shape[1], other[name][0].shape[1])
+            mine, theirs = pad_states(values, mask, length), pad_states(*other[name], length)
+            chosen = torch.where(keep[:, None, None], mine[0], theirs[0])
+            if mine[1] is None and theirs[1] is None:
+                states[name] = (chosen, None)
+            else:
+                real = torch.where(keep[:, None], real_tokens(*mine), real_tokens(*theirs))
+                states[name] = (chosen, real)
+        return TextStates(states)
 
     @staticmethod
     def concatenate(parts: Sequence[TextStates]) -> TextStates:

@@ -1,22 +1,33 @@
 """Multistep distillation against teachers whose answer is known in closed form."""
 
+import pickle
+
 import pytest
 import torch
 
 from distillation.config import DriftConfig
 from distillation.objective import MultistepDistillation
-from distillation.plan import RolloutPlan
+from distillation.plan import KINDS, RolloutPlan
 from distillation.rollout import LiveRollouts, average_velocity, teacher_walk
 from streamdit.config import GammaConfig
 from streamdit.flow import interpolate, per_frame
 from streamdit.partition import PartitionScheme
 from streamdit.text import TextStates
 from training.data import Batch
+from training.engine import World
+from training.means import Means
 from training.objective import stack_draws
 
 SHAPE = (8, 2, 3, 3)
 SPREAD = 0.5
 LINEAR = GammaConfig()
+
+
+class Alone(World):
+    """A world of one that needs no process group."""
+
+    def gather(self, value):
+        return [value]
 
 
 def states(value, batch):
@@ -65,6 +76,36 @@ def draws_for(objective, count, seed=0, progress=0.0):
             for index in range(count)
         ]
     )
+
+
+def test_figures_weigh_each_kind_of_buffer_by_its_samples():
+    """Two micro-batches give the mean over all their samples of a kind, not a mean of means."""
+    objective = distillation(gaussian_teacher, PartitionScheme(0, 4, 2, 2), uniform=0.3, ramp=0.3)
+    means, parts = Means(), {name: [] for name in KINDS}
+    for seed, count in ((0, 3), (50, 9)):
+        draws = draws_for(objective, count, seed)
+        latents = torch.randn(count, *SHAPE)
+        _, figures = objective(lambda x, tau, text: 0.1 * x, batch_of(latents), draws)
+        means.add(figures())
+        for row in range(count):
+            one = {name: value[row : row + 1] for name, value in draws.items()}
+            loss, _ = objective(lambda x, tau, text: 0.1 * x, batch_of(latents[row][None]), one)
+            parts[KINDS[draws["kind"][row]]].append(float(loss))
+    found = means.reduce(Alone(rank=0, size=1, device=torch.device("cpu")))
+    assert all(parts.values())
+    assert found == pytest.approx(
+        {f"loss_{name}": sum(losses) / len(losses) for name, losses in parts.items()}, rel=1e-5
+    )
+
+
+def test_draws_travel_to_loader_processes_without_the_teacher():
+    teacher = torch.nn.Linear(1000, 1000)
+    objective = distillation(teacher, PartitionScheme(0, 4, 2, 2), uniform=0.3)
+    sent = pickle.dumps(objective.draw)
+    assert len(sent) < 10_000
+    expected = objective.draw(torch.Size(SHAPE), torch.Generator().manual_seed(3), 0.5)
+    found = pickle.loads(sent)(torch.Size(SHAPE), torch.Generator().manual_seed(3), 0.5)
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
 
 
 @pytest.mark.parametrize("gamma", [GammaConfig(), GammaConfig(kind="exponential", power=2.0)])

@@ -25,6 +25,7 @@ from training.config import LaunchConfig, TrainConfig
 from training.job import TrainJob
 from training.metrics import read_metrics
 from training.objective import make_flow_matching
+from training.run import Run
 
 
 def telling_objective(folder, job, device):
@@ -38,42 +39,31 @@ def telling_objective(folder, job, device):
     return make_flow_matching(job, device)
 
 
+def tell_at_steps(mark, signal_number, steps):
+    """Send this process a signal in each of these steps, once each, if it is the second worker."""
+    train_step = Run._train_step
+
+    def told(run, *arguments):
+        number = run.step + 1
+        told_already = mark.with_name(f"{mark.name}-{number}")
+        if run.world.rank == 1 and number in steps and not told_already.exists():
+            told_already.write_text("")
+            os.kill(os.getpid(), signal_number)
+        return train_step(run, *arguments)
+
+    Run._train_step = told
+
+
 def dying_objective(folder, job, device):
-    """An ordinary objective whose second worker is killed, once, when it draws for step 5."""
-    import torch.distributed as dist
-
-    objective = make_flow_matching(job, device)
-    mark, draw, calls = Path(folder) / "killed", objective.draw, 0
-
-    def deadly_draw(shape, generator, progress):
-        nonlocal calls
-        calls += 1
-        if dist.get_rank() == 1 and calls > 4 * 4 and not mark.exists():
-            mark.write_text("")
-            os.kill(os.getpid(), signal.SIGKILL)
-        return draw(shape, generator, progress)
-
-    objective.draw = deadly_draw
-    return objective
+    """An ordinary objective whose second worker is killed, once, in step 5."""
+    tell_at_steps(Path(folder) / "killed", signal.SIGKILL, (5,))
+    return make_flow_matching(job, device)
 
 
 def stopping_objective(folder, job, device):
     """An ordinary objective whose second worker is asked to stop at steps 3 and 5, once each."""
-    import torch.distributed as dist
-
-    objective = make_flow_matching(job, device)
-    draw = objective.draw
-
-    def told_draw(shape, generator, progress):
-        step = round(progress * job.config.steps) + 1
-        mark = Path(folder) / f"asked-{step}"
-        if dist.get_rank() == 1 and step in (3, 5) and not mark.exists():
-            mark.write_text("")
-            os.kill(os.getpid(), signal.SIGTERM)
-        return draw(shape, generator, progress)
-
-    objective.draw = told_draw
-    return objective
+    tell_at_steps(Path(folder) / "asked", signal.SIGTERM, (3, 5))
+    return make_flow_matching(job, device)
 
 
 def job_of(folder, make_objective, **launch_settings):
@@ -131,7 +121,7 @@ def test_strict_spread_gives_each_worker_a_node_and_a_killed_one_continues(two_n
 
     job = job_of(broken, dying_objective, placement="STRICT_SPREAD", max_failures=1)
     assert launch(job, address) == broken / "run" / "model"
-    assert (broken / "killed").exists()
+    assert (broken / "killed-5").exists()
     curves = [
         {row["step"]: row["loss"] for row in read_metrics(folder / "run/metrics.jsonl")}
         for folder in (spread, broken)

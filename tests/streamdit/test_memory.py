@@ -15,6 +15,8 @@ from streamdit.model import attention as attention_module
 from streamdit.model.memory import (
     activation_bytes,
     block_activation_bytes,
+    fewest_recomputed,
+    recomputed_blocks,
     streaming_bytes,
     training_memory,
 )
@@ -126,10 +128,22 @@ def test_checkpointing_keeps_inputs_and_one_block():
     shape = config()
     bucket = shape.buckets[0]
     tokens, block = 4 * 8 * 8, block_activation_bytes(shape, bucket, TEXT_TOKENS)
-    kept = activation_bytes(shape, bucket, TEXT_TOKENS, batch=2, checkpointing=False)
-    recomputed = activation_bytes(shape, bucket, TEXT_TOKENS, batch=2, checkpointing=True)
-    assert kept == 2 * 3 * block
-    assert recomputed == 2 * (3 * tokens * 128 * 2 + block)
+    sizes = [activation_bytes(shape, bucket, TEXT_TOKENS, 2, blocks) for blocks in range(4)]
+    block_input = tokens * 128 * 2
+    assert sizes == [
+        2 * 3 * block,
+        2 * (block_input + 2 * block),
+        2 * (2 * block_input + block),
+        2 * (3 * block_input + block),
+    ]
+    assert [
+        fewest_recomputed(shape, bucket, TEXT_TOKENS, 2, room)
+        for room in (sizes[0], sizes[0] - 1, sizes[2], sizes[2] - 1)
+    ] == [0, 1, 2, None]
+
+
+def test_a_setting_names_all_blocks_none_or_the_first_ones():
+    assert [recomputed_blocks(setting, 6) for setting in (True, False, 0, 4, 9)] == [6, 0, 0, 4, 6]
 
 
 def test_each_stage_shards_one_thing_more():

@@ -264,14 +264,20 @@ def test_fresh_model_predicts_zero_and_every_parameter_gets_a_gradient_after_a_n
 def test_activation_checkpointing_gives_the_same_gradients():
     model = randomised(StreamDiT(config()))
     latents, tau, states = torch.randn(2, 4, 3, 8, 12), torch.rand(2, 4), text()
+    runs = []
+    for block in model.blocks:
+        block.register_forward_pre_hook(lambda *_: runs.append(1))
     gradients = []
-    for enabled in (False, True):
+    for setting, forwards in ((False, 0), (1, 1), (True, len(model.blocks))):
         model.zero_grad()
-        model.activation_checkpointing = enabled
+        runs.clear()
+        model.activation_checkpointing = setting
         model(latents, tau, states).square().mean().backward()
+        assert len(runs) == len(model.blocks) + forwards
         gradients.append([p.grad.clone() for p in model.parameters()])
-    for plain, checkpointed in zip(*gradients, strict=True):
-        torch.testing.assert_close(plain, checkpointed)
+    for plain, *others in zip(*gradients, strict=True):
+        for checkpointed in others:
+            torch.testing.assert_close(plain, checkpointed)
 
 
 def test_bf16_forward_stays_close_to_float32():

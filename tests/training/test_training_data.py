@@ -13,11 +13,13 @@ from latent_dataset import ENCODERS, train_settings, write_dataset
 from model_directory import model_config as parent_config
 
 from pipeline.schema import decode_tensor
-from streamdit.config import DiTConfig
+from streamdit.config import DiTConfig, PartitionConfig, PartitionEntry
 from streamdit.errors import UserError
+from streamdit.partition import PartitionMixture
 from training.config import DataConfig
 from training.data import LatentDataset
 from training.loader import BatchLoader
+from training.objective import MixtureDraw
 from training.order import BatchOrder, sample_generator
 from training.row_groups import RowGroups
 
@@ -276,6 +278,47 @@ def test_loader_processes_give_the_batches_of_the_thread(dataset_dir):
                 assert torch.equal(values, b.text[name][0])
                 assert (mask is None) == (b.text[name][1] is None)
                 assert mask is None or torch.equal(mask, b.text[name][1])
+
+
+@pytest.mark.parametrize(("processes", "workers"), [(0, 1), (0, 2), (2, 1)])
+def test_draws_come_with_the_batch_whoever_reads_it(dataset_dir, processes, workers):
+    dataset = LatentDataset(dataset_dir, "train")
+    order = BatchOrder(dataset.buckets, 4, seed=7)
+    parts = (PartitionEntry(chunk_frames=1), PartitionEntry(chunk_frames=4))
+    draw = MixtureDraw(PartitionMixture(PartitionConfig(entries=parts), 4), 0.5)
+    config = DataConfig(processes=processes)
+    share = 4 // workers
+    loaders = [
+        BatchLoader(dataset, order, 4, rank, workers, share, config, draw, run_steps=9)
+        for rank in range(workers)
+    ]
+    for step, batches in enumerate(zip(*(each.steps(2, 4) for each in loaders), strict=True), 2):
+        for rank, (batch,) in enumerate(batches):
+            for row in range(share):
+                generator = sample_generator(7, step, rank * share + row, "draws")
+                expected = draw(batch.latents.shape[1:], generator)
+                for name, value in expected.items():
+                    assert torch.equal(batch.draws[name][row], value)
+
+
+def progress_draw(latent_shape, generator, progress=0.0):
+    return {"progress": torch.tensor(progress)}
+
+
+def test_draws_are_told_how_far_the_run_is(dataset_dir):
+    dataset = LatentDataset(dataset_dir, "train")
+    order = BatchOrder(dataset.buckets, 2, seed=1)
+    loader = BatchLoader(dataset, order, 4, 0, 1, 2, draw=progress_draw, run_steps=8)
+    seen = [batch.draws["progress"].tolist() for (batch,) in loader.steps(5, 7)]
+    assert seen == [[5 / 8] * 2, [6 / 8] * 2]
+
+
+@pytest.mark.parametrize("processes", [0, 2])
+def test_a_run_without_steps_left_reads_nothing(dataset_dir, processes):
+    dataset = LatentDataset(dataset_dir, "train")
+    order = BatchOrder(dataset.buckets, 8, seed=1)
+    loader = BatchLoader(dataset, order, 4, 0, 1, 8, config=DataConfig(processes=processes))
+    assert list(loader.steps(5, 5)) == []
 
 
 def test_a_mistake_met_by_a_loader_process_is_the_same_one_line(dataset_dir, tmp_path):

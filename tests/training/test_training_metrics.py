@@ -32,14 +32,22 @@ def batch(samples, width, text):
     return Batch(latents, states, states, ["c"] * samples, list(range(samples)))
 
 
-@pytest.mark.parametrize(("recompute", "teacher"), [(False, 0), (True, 0), (False, 32)])
-def test_work_is_counted_by_bucket_text_and_passes(recompute, teacher):
+def block_flops(bucket, text):
+    """Of one of the model's two blocks, whose windows have as many tokens in both."""
+    parts = count_flops(MODEL, bucket, text)
+    outside = sum(parts[name] for name in ("patch_embedding", "time_embedding", "output"))
+    outside += parts["text_projection"] + 2 * (2 * MODEL.buffer_frames * MODEL.width**2)
+    return (parts["total"] - outside) / 2
+
+
+@pytest.mark.parametrize(("recomputed", "teacher"), [(0, 0), (1, 0), (2, 0), (0, 32)])
+def test_work_is_counted_by_bucket_text_and_passes(recomputed, teacher):
     meter = StepMeter(
         model=MODEL,
         world_size=4,
         device=torch.device("cpu"),
         peak=1e9,
-        recompute=recompute,
+        recomputed=recomputed,
     )
     meter.add(2.0, 0.5, [batch(3, 4, 7), batch(3, 4, 9)], [3 * teacher, 3 * teacher])
     meter.add(3.0, 0.0, [batch(2, 8, 7)], [2 * teacher])
@@ -51,7 +59,9 @@ def test_work_is_counted_by_bucket_text_and_passes(recompute, teacher):
         + 2 * count_flops(MODEL, wide, 7)["total"]
     )
     assert figures["mfu"] == pytest.approx(forward * (3 + teacher) / 5.0 / 1e9)
-    assert figures["hfu"] == pytest.approx(forward * (3 + teacher + recompute) / 5.0 / 1e9)
+    again = 3 * block_flops(small, 7) + 3 * block_flops(small, 9) + 2 * block_flops(wide, 7)
+    hardware = forward * (3 + teacher) + recomputed * again
+    assert figures["hfu"] == pytest.approx(hardware / 5.0 / 1e9)
     assert figures["model_tflops_per_device"] == pytest.approx(figures["mfu"] * 1e-3)
     assert figures["samples_per_s"] == pytest.approx(8 * 4 / 5.0)
     assert figures["tokens_per_s_per_device"] == pytest.approx((6 * 16 + 2 * 32) / 5.0)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from no_host_reads import NoHostReads
 
 from streamdit.config import GammaConfig, PartitionConfig, PartitionEntry
 from streamdit.flow import interpolate
@@ -47,7 +48,8 @@ def test_loss_is_the_squared_error_of_the_velocity_written_out():
         seen["x"], seen["tau"] = x, tau
         return 0.5 * x
 
-    loss, metrics = flow(student, batch_of(latents), draws)
+    loss, figures = flow(student, batch_of(latents), draws)
+    metrics = figures()
     total = 0.0
     for b in range(3):
         for f in range(4):
@@ -100,6 +102,35 @@ def test_captions_are_dropped_at_the_stated_share():
     assert abs(1 - seen["kept"].mean() - 0.3) < 0.06
 
 
+def test_a_dropped_caption_is_the_empty_one_whatever_the_lengths():
+    captions = TextStates.collate([{"t": torch.full((n, 2), float(n))} for n in (3, 5, 4)])
+    empty = TextStates.collate([{"t": torch.full((6, 2), -1.0)}])
+    longer = captions.where(torch.tensor([True, False, True]), empty)
+    assert longer["t"][0].shape == (3, 6, 2)
+    found = [sample["t"] for sample in longer.unpadded()]
+    for states_of, count, value in zip(found, (3, 6, 4), (3.0, -1.0, 4.0), strict=True):
+        assert torch.equal(states_of, torch.full((count, 2), value))
+    full = TextStates({"t": (torch.ones(2, 6, 2), None)})
+    values, mask = full.where(torch.tensor([False, True]), empty)["t"]
+    assert mask is None
+    assert values[:, 0, 0].tolist() == [-1.0, 1.0]
+
+
+def test_a_loss_makes_the_host_wait_for_no_tensor():
+    """On a device that has no values to wait for."""
+    flow = objective((0, 1), (0, 4), dropout=0.5)
+    latents = torch.randn(3, 4, 2, 3, 3)
+    draws = {name: value.to("meta") for name, value in draws_for(flow, latents).items()}
+    with NoHostReads():
+        loss, figures = flow(
+            lambda x, tau, text: x * text["t"][0][:, :, None, None],
+            batch_of(latents).to(torch.device("meta")),
+            draws,
+        )
+        figures()
+    assert loss.device.type == "meta"
+
+
 def test_draws_of_a_sample_do_not_depend_on_its_batch():
     latents = torch.randn(4, 4, 2, 3, 3)
     flow = objective((0, 1), (0, 4), dropout=0.5)
@@ -125,7 +156,8 @@ def test_losses_are_reported_by_chunk_size_and_by_noise_segment():
     flow = FlowMatching(PartitionConfig(entries=entries, gamma=gamma), 4, 0.0)
     latents = torch.randn(40, 4, 2, 3, 3)
     draws = draws_for(flow, latents)
-    _, metrics = flow(lambda x, tau, text: 0.3 * x, batch_of(latents), draws)
+    _, figures = flow(lambda x, tau, text: 0.3 * x, batch_of(latents), draws)
+    metrics = figures()
     error = (
         0.3 * interpolate(latents, draws["noise"], draws["tau"]) - latents + draws["noise"]
     ) ** 2
