@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from streamdit.files import replace_text
 from training.job import TrainJob
 from training.metrics import MetricsFile
 from training.tracking import ARTIFACTS, Tracker, make_client
@@ -50,7 +51,7 @@ class Records:
             outbox=Path(job.out) / OUTBOX,
         )
         known = {"run_id": self._tracker.run_id, "fingerprint": job.fingerprint()}
-        (Path(job.out) / RUN_FILE).write_text(json.dumps(known) + "\n")
+        replace_text(Path(job.out) / RUN_FILE, json.dumps(known) + "\n")
 
     @property
     def run_id(self) -> str | None:
