@@ -27,6 +27,7 @@ from jobs.runtime import ray_runtime
 from jobs.training_job import check_dataset, training_job
 from pipeline.store import DatasetPath
 from streamdit.errors import UserError
+from streamdit.files import replace_text
 from streamdit.io import read_model_config
 from training.config import RunConfig, TrainConfig
 from training.engine import join_world
@@ -301,10 +302,7 @@ def _difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
 
 def _record(stage: Stage, job: TrainJob) -> None:
     """Note what the stage is trained with, for whoever runs the recipe next."""
-    stage.out.mkdir(parents=True, exist_ok=True)
-    staging = stage.out / f"{SETTINGS_FILE}.tmp"
-    staging.write_text(json.dumps(job.identity(), indent=2) + "\n")
-    staging.replace(stage.out / SETTINGS_FILE)
+    replace_text(stage.out / SETTINGS_FILE, json.dumps(job.identity(), indent=2) + "\n")
 
 
 def _tags(recipe: str, run_id: str | None) -> dict[str, str]:
@@ -327,8 +325,7 @@ def _parent_run(name: str, stages: Sequence[Stage], out: Path) -> Iterator[str |
         tags={"stage": "recipe"},
         run_id=run_id,
     )
-    out.mkdir(parents=True, exist_ok=True)
-    known.write_text(json.dumps({"run_id": tracker.run_id}) + "\n")
+    replace_text(known, json.dumps({"run_id": tracker.run_id}) + "\n")
     try:
         yield tracker.run_id
     except BaseException as error:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 
 from streamdit.errors import UserError
+from streamdit.files import replace_text
 from streamdit.hashing import file_sha256
 from training.config import CheckpointConfig
 from training.ema import ExponentialMovingAverage
@@ -41,6 +43,8 @@ class CheckpointFacts:
         zero_stage: DeepSpeed's stage.
         fingerprint: the job's.
         run_id: MLflow run.
+        skipped_steps: steps so far without an update, for a loss that was not finite.
+        skipped_in_a_row: those of them that came last, without a good one in between.
         files: bytes and SHA-256 of every file, by its path within the checkpoint.
     """
 
@@ -50,12 +54,19 @@ class CheckpointFacts:
     zero_stage: int
     fingerprint: str
     run_id: str | None
+    skipped_steps: int = 0
+    skipped_in_a_row: int = 0
     files: dict[str, tuple[int, str]] = field(default_factory=dict)
 
 
 def checkpoint_folder(root: Path, step: int) -> Path:
     """Folder of the checkpoint after `step` optimizer steps."""
     return root / f"{PREFIX}{step:08d}"
+
+
+def step_of(folder: Path) -> int:
+    """Optimizer steps before a checkpoint, by its folder's name."""
+    return int(folder.name.removeprefix(PREFIX))
 
 
 def find_checkpoints(root: Path) -> list[Path]:
@@ -91,9 +102,8 @@ def save_checkpoint(
     world.barrier()
     files = _seal(folder, world)
     if world.is_main:
-        staging = folder / f"{MARKER}.tmp"
-        staging.write_text(json.dumps(asdict(replace(facts, files=files)), indent=2) + "\n")
-        staging.replace(folder / MARKER)
+        sealed = replace(facts, files=files)
+        replace_text(folder / MARKER, json.dumps(asdict(sealed), indent=2) + "\n")
         _drop_old(root, facts.step, config)
     world.barrier()
     return folder
@@ -110,32 +120,44 @@ def _seal(folder: Path, world: World) -> dict[str, tuple[int, str]]:
 
 
 def _drop_old(root: Path, step: int, config: CheckpointConfig) -> None:
-    """Keep the newest checkpoints and the milestones; also drop what never became complete."""
-    keep = set(find_checkpoints(root)[: config.keep])
+    """Keep the newest checkpoints and the milestones, of those up to `step`.
+
+    Drops what never became complete, and all of later steps: a run that saves `step` found them
+    damaged when it began, and makes them again.
+    """
+    found = [folder for folder in find_checkpoints(root) if step_of(folder) <= step]
+    keep = set(found[: config.keep])
+    if config.keep_every:
+        keep |= {folder for folder in found if step_of(folder) % config.keep_every == 0}
     for folder in root.glob(f"{PREFIX}*"):
-        at = int(folder.name.removeprefix(PREFIX))
-        milestone = config.keep_every and at % config.keep_every == 0
-        complete = (folder / MARKER).is_file()
-        if folder in keep or (milestone and complete):
+        if folder in keep:
             continue
         (folder / MARKER).unlink(missing_ok=True)
         shutil.rmtree(folder)
 
 
-def find_damage(folder: Path, facts: CheckpointFacts, world: World) -> str | None:
-    """What is wrong with the files of a checkpoint, or None; every rank gets the same answer."""
-    problem = None
-    for name, (size, sha256) in sorted(facts.files.items())[world.rank :: world.size]:
+def find_damage(folder: Path, files: Mapping[str, tuple[int, str]]) -> str | None:
+    """What is wrong with files of a checkpoint, by the size and hash that they had, or None."""
+    for name, (size, sha256) in files.items():
         path = folder / name
         if not path.is_file():
-            problem = f"{name} is missing"
-        elif path.stat().st_size != size:
-            problem = f"{name} has {path.stat().st_size} bytes instead of {size}"
-        elif file_sha256(path) != sha256:
-            problem = f"the content of {name} has changed"
-        if problem:
-            break
-    return next((found for found in world.gather(problem) if found), None)
+            return f"{name} is missing"
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size} bytes instead of {size}"
+        if file_sha256(path) != sha256:
+            return f"the content of {name} has changed"
+    return None
+
+
+def _find_damage_together(folder: Path, facts: CheckpointFacts, world: World) -> str | None:
+    """The work shared out among the ranks; every rank gets the same answer."""
+    mine = dict(sorted(facts.files.items())[world.rank :: world.size])
+    return next((found for found in world.gather(find_damage(folder, mine)) if found), None)
+
+
+def warn_of_damage(folder: Path, damage: str) -> None:
+    """Say that a checkpoint is passed over."""
+    logger.warning("%s is damaged (%s); trying the one before", folder, damage)
 
 
 def load_checkpoint(
@@ -164,12 +186,12 @@ def load_checkpoint(
         folder = root / name
         try:
             facts = read_facts(folder)
-            damage = find_damage(folder, facts, world)
+            damage = _find_damage_together(folder, facts, world)
         except (ValueError, TypeError) as error:
             damage = f"{MARKER} cannot be read ({error})"
         if damage:
             if world.is_main:
-                logger.warning("%s is damaged (%s); trying the one before", folder, damage)
+                warn_of_damage(folder, damage)
             continue
         if facts.fingerprint != fingerprint:
             raise UserError(

@@ -20,12 +20,22 @@ from pipeline.schema import AUTOENCODER_FOLDER, Manifest
 from pipeline.store import DiskStore, open_store
 from streamdit.config import StreamDiTConfig, StrictModel
 from streamdit.errors import UserError
+from streamdit.files import replace_text
 from streamdit.io import WEIGHTS_FILE, new_model_directory, read_model_config
-from training.checkpoint import CheckpointFacts, checkpoint_folder, find_checkpoints, read_facts
+from training.checkpoint import (
+    MARKER,
+    CheckpointFacts,
+    checkpoint_folder,
+    find_checkpoints,
+    find_damage,
+    read_facts,
+    step_of,
+    warn_of_damage,
+)
 from training.config import AdapterConfig
 from training.job import TrainJob
 from training.lora import merged_weights, save_adapter
-from training.shards import SavedShards
+from training.shards import Kind, SavedShards, files_with
 
 Weights = Literal["ema", "raw"]
 """Averaged weights, or those of the last step."""
@@ -69,11 +79,7 @@ def write_record(job: TrainJob, manifest: Manifest) -> None:
         parent=job.parent,
         lora=job.config.lora,
     )
-    path = Path(job.out) / RECORD_FILE
-    path.parent.mkdir(parents=True, exist_ok=True)
-    staging = path.with_name(f"{RECORD_FILE}.tmp")
-    staging.write_text(record.model_dump_json(indent=2) + "\n")
-    staging.replace(path)
+    replace_text(Path(job.out) / RECORD_FILE, record.model_dump_json(indent=2) + "\n")
 
 
 def _autoencoder_of(job: TrainJob, manifest: Manifest) -> str:
@@ -110,22 +116,32 @@ def read_record(run: Path) -> RunRecord:
         ) from None
 
 
-def find_step(run: Path, step: int | None) -> Path:
-    """The checkpoint after `step` steps, or the newest.
+def find_step(run: Path, step: int | None, kind: Kind) -> tuple[Path, CheckpointFacts]:
+    """The checkpoint after `step` steps, or the newest that has its weights undamaged.
 
     Raises:
-        UserError: if it is not there; tells which are.
+        UserError: if it is not there, telling which are, or is damaged.
     """
     found = find_checkpoints(run / "checkpoints")
     if not found:
         raise UserError(f"{run} has no complete checkpoint yet; let it train up to its first one")
-    if step is None:
-        return found[0]
-    folder = checkpoint_folder(run / "checkpoints", step)
-    if folder not in found:
-        steps = ", ".join(str(read_facts(path).step) for path in reversed(found))
+    steps = ", ".join(str(step_of(path)) for path in reversed(found))
+    wanted = found if step is None else [checkpoint_folder(run / "checkpoints", step)]
+    if wanted[0] not in found:
         raise UserError(f"{run} has no complete checkpoint of step {step}; choose from {steps}")
-    return folder
+    for folder in wanted:
+        try:
+            facts = read_facts(folder)
+            needed = {name: facts.files[name] for name in files_with(kind, facts.files)}
+            damage = find_damage(folder, needed)
+        except (ValueError, TypeError) as error:
+            damage = f"{MARKER} cannot be read ({error})"
+        if damage is None:
+            return folder, facts
+        if step is not None:
+            raise UserError(f"{folder} is damaged ({damage}); choose another --step, or none")
+        warn_of_damage(folder, damage)
+    raise UserError(f"no checkpoint in {run} can be used; the same training command makes new ones")
 
 
 def export_checkpoint(
@@ -139,20 +155,19 @@ def export_checkpoint(
     Args:
         run: directory of the run.
         out: model directory to write; an earlier model directory there is replaced.
-        step: which checkpoint; default: the newest.
+        step: which checkpoint; default: the newest that is not damaged.
         weights: default: averaged if the run averages them.
 
     Raises:
-        UserError: if there is no such checkpoint, or `out` holds something else.
+        UserError: if there is no such checkpoint, it is damaged, or `out` holds something else.
     """
     record = read_record(run)
     if weights == "ema" and not record.ema:
         raise UserError(f"{run} keeps no averaged weights (ema_decay=0); export --weights raw")
     if out.exists() and not (out / WEIGHTS_FILE).is_file() and any(out.iterdir()):
         raise UserError(f"{out} is there and is no model directory; name another --out")
-    folder = find_step(run, step)
-    facts = read_facts(folder)
-    tensors = _read(folder, record.ema if weights is None else weights == "ema")
+    averaged = record.ema if weights is None else weights == "ema"
+    facts, tensors = _read(run, step, averaged)
     if record.lora is not None:
         assert record.parent is not None, "adapters are trained on a parent"
         tensors = merged_weights(Path(record.parent), record.lora, tensors)
@@ -166,17 +181,18 @@ def export_adapter(run: Path, out: Path) -> None:
     """Write the newest adapters of a run apart from the model that they are for."""
     record = read_record(run)
     assert record.lora is not None
-    tensors = _read(find_step(run, None), record.ema)
+    _, tensors = _read(run, None, record.ema)
     save_adapter(out, record.lora, tensors, record.config.lineage["parent"])
 
 
-def _read(folder: Path, average: bool) -> dict[str, Tensor]:
-    """Trained weights of a checkpoint by name, float32."""
-    kind: Literal["average", "weights"] = "average" if average else "weights"
-    shards = SavedShards(folder, read_facts(folder).world_size)
+def _read(run: Path, step: int | None, average: bool) -> tuple[CheckpointFacts, dict[str, Tensor]]:
+    """A checkpoint's facts, and its trained weights by name, float32."""
+    kind: Kind = "average" if average else "weights"
+    folder, facts = find_step(run, step, kind)
+    shards = SavedShards(folder, facts.world_size)
     tensors = {name: shards.tensor(kind, name) for name in shards.shapes}
     shards.close()  # else the mapped pages count as a copy while the weights are written
-    return tensors
+    return facts, tensors
 
 
 def _config_at(record: RunRecord, facts: CheckpointFacts) -> StreamDiTConfig:

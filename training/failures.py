@@ -28,14 +28,18 @@ class SkippedSteps:
         folder: where the clip ids of such steps are written.
         limit: steps in a row after which the run stops.
         world: this process.
+        count: such steps before the one that the run continues from.
+        in_a_row: those of them that came last.
     """
 
-    def __init__(self, folder: Path, limit: int, world: World) -> None:
+    def __init__(
+        self, folder: Path, limit: int, world: World, count: int = 0, in_a_row: int = 0
+    ) -> None:
         self.folder = folder
         self.limit = limit
         self.world = world
-        self.count = 0
-        self._in_a_row = 0
+        self.count = count
+        self.in_a_row = in_a_row
 
     def note(
         self, step: int, skipped: bool, batches: Sequence[Batch], losses: Sequence[torch.Tensor]
@@ -46,14 +50,14 @@ class SkippedSteps:
             UserError: after `limit` skipped steps in a row.
         """
         if not skipped:
-            self._in_a_row = 0
+            self.in_a_row = 0
             return
         self.count += 1
-        self._in_a_row += 1
+        self.in_a_row += 1
         path = self._save(step, batches, losses)
-        if self._in_a_row >= self.limit:
+        if self.in_a_row >= self.limit:
             raise UserError(
-                f"loss or gradients were not finite for {self._in_a_row} steps in a row, up to "
+                f"loss or gradients were not finite for {self.in_a_row} steps in a row, up to "
                 f"step {step}; the clips are listed in {path.parent}; lower "
                 "optimizer.learning_rate or remove bad clips, then run the same command to "
                 "continue from the newest checkpoint"
@@ -72,42 +76,60 @@ class SkippedSteps:
 
 @contextmanager
 def memory_errors(
-    config: RunConfig, model: StreamDiT, batches: Sequence[Batch], world: World
+    config: RunConfig,
+    model: StreamDiT,
+    batches: Sequence[Batch],
+    world: World,
+    validating: bool = False,
 ) -> Iterator[None]:
     """Turn running out of memory into one line with the sizes and what to lower.
+
+    Args:
+        config: settings, of which some are named as remedies.
+        model: the student.
+        batches: micro-batches of the step within; none where a run is set up or validates.
+        world: this process.
+        validating: whether it is validation that is within.
 
     Raises:
         UserError: if memory ran out within.
     """
     try:
         yield
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         if not _is_out_of_memory(error):
             raise
-        latents = batches[0].latents
-        remedies = []
-        share = config.global_batch // world.size
-        smaller = [size for size in range(1, len(latents)) if share % size == 0]
-        if smaller:
-            remedies.append(f"micro_batch={smaller[-1]}")
-        depth = model.config.depth
-        if recomputed_blocks(config.activation_checkpointing, depth) < depth:
-            remedies.append("activation_checkpointing=true")
+        remedies, size = [], ""
+        if batches:
+            latents = batches[0].latents
+            share = config.global_batch // world.size
+            smaller = [size for size in range(1, len(latents)) if share % size == 0]
+            if smaller:
+                remedies.append(f"micro_batch={smaller[-1]}")
+            depth = model.config.depth
+            if recomputed_blocks(config.activation_checkpointing, depth) < depth:
+                remedies.append("activation_checkpointing=true")
+            shape = "x".join(str(length) for length in latents.shape[1:])
+            size = f"micro-batch of {len(latents)} latents {shape}, "
+        elif validating:
+            settings = {"videos": config.validation.videos, "samples": config.validation.samples}
+            remedies += [f"validation.{name}=0" for name, count in settings.items() if count]
         if config.zero_stage < 3:
             remedies.append(f"zero_stage={config.zero_stage + 1}")
         if not config.offload_optimizer:
             remedies.append("offload_optimizer=true")
         parameters = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
-        shape = "x".join(str(size) for size in latents.shape[1:])
+        where = "in validation " if validating else "" if batches else "before the first step "
         raise UserError(
-            f"out of memory on rank {world.rank} ({world.device}): {parameters / 1e6:,.0f}M "
-            f"parameters over {world.size} workers at ZeRO stage {config.zero_stage}, micro-batch "
-            f"of {len(latents)} latents {shape}, {peak_memory_bytes(world.device) / 2**30:.1f} GiB "
-            f"used at most; try {' or '.join(remedies) or 'more workers'}"
+            f"out of memory {where}on rank {world.rank} ({world.device}): {parameters / 1e6:,.0f}M "
+            f"parameters over {world.size} workers at ZeRO stage {config.zero_stage}, {size}"
+            f"{peak_memory_bytes(world.device) / 2**30:.1f} GiB used at most; try "
+            f"{' or '.join(remedies) or 'more workers'}"
         ) from error
 
 
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether an allocator said so (on CPUs it is a plain RuntimeError)."""
+def _is_out_of_memory(error: Exception) -> bool:
+    """Whether an allocator said so (PyTorch's for CPUs raises a plain RuntimeError)."""
     said = ("not enough memory", "can't allocate memory")
-    return isinstance(error, torch.OutOfMemoryError) or any(part in str(error) for part in said)
+    allocators = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+    return allocators or any(part in str(error) for part in said)

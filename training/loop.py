@@ -18,6 +18,7 @@ from training.data import LatentDataset
 from training.ema import ExponentialMovingAverage
 from training.engine import build_engine, join_world
 from training.export import export_adapter, export_checkpoint, write_record
+from training.failures import memory_errors
 from training.job import TrainJob
 from training.lora import add_adapters
 from training.run import Run
@@ -44,10 +45,11 @@ def train_loop(job: TrainJob) -> None:
     if start_config is not None:
         dataset.check_continues(start_config)
     model.activation_checkpointing = config.activation_checkpointing
-    objective = job.make_objective(job, world.device)
-    engine = build_engine(model.to(world.device), config, world)
-    ema = ExponentialMovingAverage(engine, config.ema_decay)
-    run = Run(job, world, engine, ema, objective, dataset)
+    with memory_errors(config, model, (), world):
+        objective = job.make_objective(job, world.device)
+        engine = build_engine(model.to(world.device), config, world)
+        ema = ExponentialMovingAverage(engine, config.ema_decay)
+        run = Run(job, world, engine, ema, objective, dataset)
     if world.is_main:
         write_record(job, dataset.manifest)
     try:

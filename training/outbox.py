@@ -1,6 +1,6 @@
 """Records on their way to a server that may be away: sent in order, by a thread of their own.
 
-While the server cannot be reached they lie in a file, so that not even the end of the process
+While the server does not take them they lie in a file, so that not even the end of the process
 loses them; whoever opens the same file later sends them on.
 """
 
@@ -23,9 +23,8 @@ Call = dict[str, Any]
 RETRY_AFTER_S = 15.0
 CLOSE_WAIT_S = 10.0
 
-
-class Unreachable(Exception):
-    """The server did not take a record now; it may later."""
+MOST_REASON = 300
+"""Characters of an error that are shown."""
 
 
 class Outbox:
@@ -33,7 +32,7 @@ class Outbox:
 
     Args:
         send: takes the oldest records and returns how many of them it has dealt with (at least
-            one); raises :class:`Unreachable` to be asked again later.
+            one). Whatever it raises, it is asked again later.
         path: where records wait while the server is away; None keeps them in memory only.
         retry_after_s: seconds between attempts then; default :data:`RETRY_AFTER_S`.
     """
@@ -63,7 +62,10 @@ class Outbox:
             self._changed.notify()
 
     def close(self, wait_s: float | None = None) -> int:
-        """Send what is left, for about `wait_s` seconds at most (:data:`CLOSE_WAIT_S`).
+        """Send what is left.
+
+        A server that is away is tried for about `wait_s` seconds (:data:`CLOSE_WAIT_S`); one that
+        takes records is given the time that it needs, for they may be large.
 
         Returns:
             Records that could not be sent; they stay in the file.
@@ -72,7 +74,14 @@ class Outbox:
         with self._changed:
             self._closing_at = time.monotonic() + wait_s
             self._changed.notify()
-        self._thread.join(wait_s + 1.0)
+        self._thread.join(wait_s)
+        with self._changed:
+            if self._waiting and self._thread.is_alive():
+                self._keep(list(self._waiting), anew=True)  # whoever ends the process now may
+                logger.warning("waiting until the last records are sent: %d", len(self._waiting))
+        self._thread.join()
+        if self._waiting:
+            self._keep(list(self._waiting), anew=True)
         return len(self._waiting)
 
     def _work(self) -> None:
@@ -88,7 +97,7 @@ class Outbox:
             try:
                 self._sent(self._send(calls))
                 pause_s = 0.0
-            except Unreachable as error:
+            except Exception as error:  # libraries between here and the server raise their own
                 self._is_away(error)
                 pause_s = self._retry_after_s
                 if self._closing_at is not None:
@@ -104,18 +113,23 @@ class Outbox:
                 return
             if self._away:
                 self._away = False
-                logger.warning("the server is back; all that waited is recorded")
+                logger.warning("the server takes records again; all that waited are sent")
             if self._path is not None:
                 self._path.unlink(missing_ok=True)
 
-    def _is_away(self, error: Unreachable) -> None:
+    def _is_away(self, error: Exception) -> None:
         with self._changed:
             if self._away:
                 return
             self._away = True
             self._keep(list(self._waiting), anew=True)
+        reason = (str(error) or type(error).__name__).splitlines()[0][:MOST_REASON]
         where = f" in {self._path}" if self._path else ""
-        logger.warning("%s; records wait%s and the run goes on", error, where)
+        logger.warning(
+            "the server takes no records now (%s ...); they wait%s and the run goes on",
+            reason,
+            where,
+        )
 
     def _keep(self, calls: list[Call], anew: bool = False) -> None:
         if self._path is None:

@@ -7,14 +7,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from streamdit.files import replace_text
 from training.job import TrainJob
 from training.metrics import MetricsFile
-from training.tracking import Tracker, make_client
+from training.tracking import ARTIFACTS, Tracker, make_client
 
 RUN_FILE = "mlflow-run.json"
 OUTBOX = "mlflow-outbox.jsonl"
 OUTBOXES = "mlflow-outbox*.jsonl"
-"""The main rank's, and those of the machines' load."""
+"""The main rank's, and those of the machines' load, each with its artifacts."""
 
 
 class Records:
@@ -50,7 +51,7 @@ class Records:
             outbox=Path(job.out) / OUTBOX,
         )
         known = {"run_id": self._tracker.run_id, "fingerprint": job.fingerprint()}
-        (Path(job.out) / RUN_FILE).write_text(json.dumps(known) + "\n")
+        replace_text(Path(job.out) / RUN_FILE, json.dumps(known) + "\n")
 
     @property
     def run_id(self) -> str | None:
@@ -91,8 +92,9 @@ def send_left(job: TrainJob) -> int:
     run_id = _known_run(job)
     if run_id is None:
         return 0
-    for path in sorted(out.glob(OUTBOXES)):
-        left += Tracker(make_client(job.config.tracking), run_id, path).leave()
+    # Either file of a pair may be there alone; a tracker sends both.
+    for name in sorted({path.name.replace(ARTIFACTS, ".jsonl") for path in out.glob(OUTBOXES)}):
+        left += Tracker(make_client(job.config.tracking), run_id, out / name).leave()
     return left
 
 

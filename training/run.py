@@ -82,7 +82,13 @@ class Run:
             self.checkpoints, engine, ema, world, config.zero_stage, self.fingerprint
         )
         self.step = facts.step if facts else 0
-        self.skipped = SkippedSteps(Path(job.out) / "skipped", config.skip_limit, world)
+        self.skipped = SkippedSteps(
+            Path(job.out) / "skipped",
+            config.skip_limit,
+            world,
+            facts.skipped_steps if facts else 0,
+            facts.skipped_in_a_row if facts else 0,
+        )
         self.records = Records(
             job,
             dataset.manifest.fingerprint,
@@ -121,7 +127,8 @@ class Run:
             stopping = stop.agreed() and not last
             # Who asks to stop may not wait long, so nothing comes before the checkpoint then.
             if not stopping and (last or self.step % config.validation.every == 0):
-                self._validate()
+                with memory_errors(config, self.engine.module, (), self.world, validating=True):
+                    self._validate()
             if last or stopping or self.step % config.checkpoint.every == 0:
                 self._save()
             if stopping:
@@ -220,6 +227,8 @@ class Run:
             zero_stage=self.config.zero_stage,
             fingerprint=self.fingerprint,
             run_id=self.records.run_id,
+            skipped_steps=self.skipped.count,
+            skipped_in_a_row=self.skipped.in_a_row,
         )
         folder = save_checkpoint(
             self.checkpoints,

@@ -8,8 +8,9 @@ averaged weights behind, and writes the whole state a second time.)
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
+from fnmatch import fnmatch
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
@@ -27,6 +28,13 @@ Kind = Literal["weights", "exp_avg", "exp_avg_sq", "average"]
 def average_file(folder: Path, rank: int) -> Path:
     """Where a rank keeps its averaged weights and the layout of all it holds."""
     return folder / f"ema-rank{rank:05d}.pt"
+
+
+def files_with(kind: Kind, names: Iterable[str]) -> list[str]:
+    """Those of a checkpoint's files, by path within it, that hold tensors of `kind`."""
+    # The averaged weights' files also say where every parameter lies.
+    endings = ("ema-rank*.pt",) if kind == "average" else ("ema-rank*.pt", "*_optim_states.pt")
+    return [name for name in names if any(fnmatch(name, ending) for ending in endings)]
 
 
 def save_average(folder: Path, ema: ExponentialMovingAverage) -> None:

@@ -12,16 +12,20 @@ from typing import Any
 
 from streamdit.errors import UserError
 from training.config import TrackingConfig
-from training.outbox import Call, Outbox, Unreachable
+from training.outbox import Call, Outbox
 
 logger = logging.getLogger(__name__)
 
-MOST_REASON = 120
-"""Characters of a failed request's message that are shown."""
+ARTIFACTS = ".artifacts.jsonl"
+"""How the file for artifacts ends that could not be sent; all else is in the one without it."""
 
 MOST_PARAMS = 100
 MOST_METRICS = 1000
 """What MLflow takes in one request."""
+
+MAY_PASS = (401, 404, 408, 429)
+"""HTTP refusals of what may be taken later: new credentials, a server back behind its proxy, less
+load. Whatever else of 400 to 499 is refused stays refused."""
 
 
 def tracking_uri(config: TrackingConfig) -> str:
@@ -112,18 +116,22 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 
 
 class Tracker:
-    """One MLflow run. It is written by a thread of its own, so the caller never waits for it.
+    """One MLflow run. It is written by threads of its own, so the caller never waits for it.
+
+    Artifacts may be large or their store out of reach, so they do not go the way of the figures.
 
     Args:
         client: MLflow client.
         run_id: the run.
-        outbox: file for what cannot be sent while the server is away; None keeps it in memory.
+        outbox: file for what cannot be sent while the server is away, artifacts in another beside
+            it; None keeps all in memory.
     """
 
     def __init__(self, client: Any, run_id: str, outbox: Path | None = None) -> None:
         self.client = client
         self.run_id = run_id
         self._outbox = Outbox(self._send, outbox)
+        self._artifacts = Outbox(self._send, outbox.with_suffix(ARTIFACTS) if outbox else None)
 
     @classmethod
     def start(
@@ -152,7 +160,7 @@ class Tracker:
             client = make_client(config)
             if not _is_gone(client, run_id):
                 tracker = cls(client, run_id, outbox)
-                tracker._outbox.put({"kind": "status", "status": "RUNNING"})
+                tracker._status("RUNNING")
                 return tracker
         client, experiment_id = connect(config)
         all_tags = {"mlflow.runName": run_name, **(tags or {})}
@@ -178,12 +186,13 @@ class Tracker:
 
     def artifact(self, path: Path | str, folder: str | None = None) -> None:
         """Copy a file or a folder into the run's artifacts."""
-        self._outbox.put({"kind": "artifact", "path": str(path), "folder": folder})
+        self._artifacts.put({"kind": "artifact", "path": str(path), "folder": folder})
 
     def finish(self, status: str = "FINISHED") -> None:
         """Close the run, after a last attempt at what is still unsent."""
-        self._outbox.put({"kind": "status", "status": status})
         left = self._outbox.close()
+        self._status(status)
+        left += self._artifacts.close()
         if left:
             logger.warning("MLflow run %s: %d records could not be sent", self.run_id, left)
 
@@ -193,23 +202,23 @@ class Tracker:
         Returns:
             Records that could not be sent.
         """
-        return self._outbox.close()
+        return self._outbox.close() + self._artifacts.close()
+
+    def _status(self, status: str) -> None:
+        # Behind the artifacts: whoever sees that the run has ended finds all that it made.
+        self._artifacts.put({"kind": "status", "status": status})
 
     def _send(self, calls: list[Call]) -> int:
         """Write the oldest calls: one, or as many metrics in a row as one request takes."""
-        from mlflow.exceptions import MlflowException
-        from requests import RequestException
-
         together = 1
         if calls[0]["kind"] == "metrics":
             together = _metrics_in_a_row(calls)
         try:
             self._write(calls[:together])
-        except (MlflowException, RequestException, OSError) as error:
+        except Exception as error:  # MLflow's, or those of whatever library moves an artifact
             if not _is_permanent(error):
-                reason = str(error).splitlines()[0][:MOST_REASON]
-                raise Unreachable(f"MLflow cannot be reached ({reason} ...)") from None
-            logger.warning("MLflow refuses a record, which is dropped: %s", error)
+                raise
+            logger.warning("MLflow refuses %s, dropped: %s", _describe(calls[:together]), error)
         return together
 
     def _write(self, calls: list[Call]) -> None:
@@ -258,5 +267,35 @@ def _is_permanent(error: Exception) -> bool:
     """Whether trying again cannot help: a missing file, or a request that the server refuses."""
     if isinstance(error, FileNotFoundError):
         return True
-    codes = ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "BAD_REQUEST")
-    return getattr(error, "error_code", None) in codes
+    if getattr(error, "error_code", None) == "RESOURCE_DOES_NOT_EXIST":
+        return True
+    status = _http_status(error)
+    return status is not None and 400 <= status < 500 and status not in MAY_PASS
+
+
+def _http_status(error: BaseException | None) -> int | None:
+    """What a server answered, as the libraries of MLflow, HTTP and S3 say it."""
+    from mlflow.exceptions import MlflowException
+
+    while error is not None:
+        if isinstance(error, MlflowException):
+            return int(error.get_http_status_code())
+        response = getattr(error, "response", None)
+        if isinstance(response, dict):  # botocore's
+            return int(response["ResponseMetadata"]["HTTPStatusCode"])
+        if response is not None:
+            return int(response.status_code)
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def _describe(calls: list[Call]) -> str:
+    """Records by what a person knows them as."""
+    first = calls[0]
+    if first["kind"] == "metrics":
+        steps = sorted({value[3] for call in calls for value in call["values"]})
+        return f"the metrics of steps {steps[0]} to {steps[-1]}" if steps else "metrics"
+    if first["kind"] == "params":
+        return f"parameters from {first['values'][0][0]} on"
+    names = {"artifact": "path", "tag": "key", "status": "status"}
+    return f"{first['kind']} {first[names[first['kind']]]}"

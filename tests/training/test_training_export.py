@@ -1,6 +1,7 @@
 """Checkpoints as model directories: any step, averaged or not, whatever saved them."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -94,6 +95,38 @@ def test_mistakes_are_told_with_what_there_is(run, dataset, tmp_path):
         export_checkpoint(run, precious)
     assert (precious / "thesis.txt").read_text() == "kept"
     assert not (tmp_path / "out").exists()
+
+
+def test_damaged_checkpoint_gives_way_to_the_one_before_or_is_refused_if_named(
+    run, tmp_path, caplog
+):
+    copy, out = shutil.copytree(run, tmp_path / "run"), tmp_path / "out"
+    newest, before = find_checkpoints(copy / "checkpoints")[:2]
+    flip_a_byte(newest / "ema-rank00000.pt")
+    assert export_checkpoint(copy, out).step == 3
+    assert f"{newest} is damaged (the content of ema-rank00000.pt has changed)" in caplog.text
+    export_checkpoint(run, tmp_path / "expected", step=3)
+    assert_equal(weights(out), weights(tmp_path / "expected"))
+    with pytest.raises(UserError, match=r"step-00000004 is damaged \(the content .* has changed\)"):
+        export_checkpoint(copy, out, step=4)
+
+    # What only the weights of the step are read from does not matter to the averaged ones.
+    (state,) = before.glob("deepspeed/*optim_states.pt")
+    flip_a_byte(state)
+    assert export_checkpoint(copy, out, weights="ema").step == 3
+    assert export_checkpoint(copy, out, weights="raw").step == 2
+    shutil.rmtree(out)
+    for folder in find_checkpoints(copy / "checkpoints"):
+        (folder / "ema-rank00000.pt").unlink()
+    with pytest.raises(UserError, match=f"no checkpoint in {copy} can be used"):
+        export_checkpoint(copy, out)
+    assert not out.exists()
+
+
+def flip_a_byte(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
 
 
 def test_run_without_average_exports_raw_weights_only(run, tmp_path):

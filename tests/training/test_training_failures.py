@@ -92,6 +92,49 @@ def test_running_out_of_memory_is_one_line_with_sizes_and_remedies(
     assert "try micro_batch=4 or activation_checkpointing=true or zero_stage=2" in message
 
 
+def test_running_out_of_memory_before_the_first_step_is_one_line_too(
+    dataset_dir, tmp_path, monkeypatch
+):
+    def allocate(*arguments):
+        return torch.empty(1 << 50)
+
+    monkeypatch.setattr("training.loop.build_engine", allocate)
+    with pytest.raises(UserError) as caught:
+        train(dataset_dir, tmp_path / "out")
+    message = str(caught.value)
+    assert "\n" not in message
+    assert "out of memory before the first step on rank 0 (cpu)" in message
+    assert message.endswith("try zero_stage=2 or offload_optimizer=true")
+
+
+def test_running_out_of_memory_in_validation_names_what_validation_needs(
+    dataset_dir, tmp_path, monkeypatch
+):
+    def decode(*arguments):
+        raise MemoryError("Unable to allocate 4.00 TiB for an array")
+
+    monkeypatch.setattr("training.run.sample_videos", decode)
+    validation = {"every": 1, "samples": 2, "videos": 1}
+    with pytest.raises(UserError, match=r"^out of memory in validation on rank 0 .*") as caught:
+        train(dataset_dir, tmp_path / "out", validation=validation, zero_stage=3)
+    assert str(caught.value).endswith(
+        "try validation.videos=0 or validation.samples=0 or offload_optimizer=true"
+    )
+
+
+def test_skipped_steps_are_still_counted_after_a_resume(dataset_dir, tmp_path, monkeypatch):
+    out, options = tmp_path / "out", {"skip_limit": 3, "validation": {"samples": 0}}
+    with monkeypatch.context() as first:
+        spoil(first, {1, 3}, float("nan"))
+        train(dataset_dir, out, crash_at=3, **options)
+    with monkeypatch.context() as second:
+        spoil(second, {1, 2}, float("nan"))
+        with pytest.raises(UserError, match="3 steps in a row, up to step 5"):
+            train(dataset_dir, out, **options)
+    rows = list(read_metrics(out / "metrics.jsonl"))
+    assert [row["skipped_steps"] for row in rows] == [1, 1, 2, 3]
+
+
 def stop_at(monkeypatch, step):
     train_step = Run._train_step
 

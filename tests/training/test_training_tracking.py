@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from latent_dataset import write_dataset
@@ -14,9 +15,9 @@ from training_runs import losses, train
 
 from streamdit.errors import UserError
 from training.config import TrackingConfig
-from training.outbox import Outbox, Unreachable
+from training.outbox import Outbox
 from training.run import Run
-from training.tracking import Tracker
+from training.tracking import Tracker, _is_permanent, connect
 
 
 class Server:
@@ -28,7 +29,7 @@ class Server:
     def send(self, calls):
         self.attempts += 1
         if self.away:
-            raise Unreachable("nobody answers")
+            raise RuntimeError("nobody answers")
         self.got.append(calls[0]["n"])
         return 1
 
@@ -68,7 +69,7 @@ def test_records_wait_in_a_file_while_the_server_is_away_and_follow_when_it_is_b
     outbox.put({"n": 4})
     assert outbox.close() == 0
     assert server.got == [0, 1, 2, 3, 4]
-    assert caplog.text.count("the server is back") == 1
+    assert caplog.text.count("takes records again") == 1
     assert not path.exists()
 
 
@@ -104,6 +105,46 @@ def test_putting_never_waits_for_a_slow_server():
     assert outbox.close() == 0
 
 
+def test_closing_waits_for_a_slow_server_with_the_records_in_a_file_meanwhile(tmp_path, caplog):
+    path, release, got = tmp_path / "outbox.jsonl", threading.Event(), []
+
+    def slow(calls):
+        release.wait(10)
+        got.append(calls[0]["n"])
+        return 1
+
+    outbox = Outbox(slow, path)
+    outbox.put({"n": 1})
+    outbox.put({"n": 2})
+    left = []
+    closing = threading.Thread(target=lambda: left.append(outbox.close(wait_s=0.05)))
+    closing.start()
+    wait_for(lambda: path.exists() and len(path.read_text().splitlines()) == 2)
+    wait_for(lambda: "waiting until the last records are sent: 2" in caplog.text)
+    release.set()
+    closing.join()
+    assert (left, got) == ([0], [1, 2])
+    assert not path.exists()
+
+
+def test_closing_keeps_only_what_a_server_that_goes_away_did_not_take(tmp_path):
+    path, release, got = tmp_path / "outbox.jsonl", threading.Event(), []
+
+    def slow_then_away(calls):
+        release.wait(10)
+        if got:
+            raise OSError("connection reset")
+        got.append(calls[0]["n"])
+        return 1
+
+    outbox = Outbox(slow_then_away, path, retry_after_s=0.01)
+    for n in range(3):
+        outbox.put({"n": n})
+    threading.Timer(0.2, release.set).start()
+    assert outbox.close(wait_s=0.05) == 2
+    assert [json.loads(line)["n"] for line in path.open()] == [1, 2]
+
+
 def test_metrics_of_many_steps_travel_together(tmp_path):
     tracker = Tracker.start(TrackingConfig(directory=str(tmp_path)), "run")
     requests = []
@@ -123,6 +164,91 @@ def test_metrics_of_many_steps_travel_together(tmp_path):
     assert len(requests) < 10
     history = tracker.client.get_metric_history(tracker.run_id, "loss")
     assert {metric.step: metric.value for metric in history} == {n: n / 2 for n in range(600)}
+
+
+def open_run(folder, artifact_location, outbox=None):
+    """A run whose figures are taken and whose artifacts go elsewhere."""
+    config = TrackingConfig(directory=str(folder / "mlflow"))
+    client, _ = connect(config)
+    client.create_experiment("elsewhere", artifact_location=artifact_location)
+    return Tracker.start(
+        config.model_copy(update={"experiment": "elsewhere"}), "run", outbox=outbox
+    )
+
+
+def test_an_artifact_store_out_of_reach_holds_up_no_figures_and_is_sent_to_later(
+    tmp_path, s3, monkeypatch, caplog
+):
+    """S3's errors are those of a library of its own; here the bucket is missing."""
+    monkeypatch.setattr("training.outbox.RETRY_AFTER_S", 0.05)
+    monkeypatch.setattr("training.outbox.CLOSE_WAIT_S", 0.2)
+    made = tmp_path / "made.txt"
+    made.write_text("made")
+    waiting = tmp_path / "outbox.artifacts.jsonl"
+    tracker = open_run(tmp_path, "s3://later/runs", tmp_path / "outbox.jsonl")
+    tracker.artifact(made)
+    wait_for(waiting.exists)
+    tracker.log(1, {"loss": 0.5})
+    tracker.tag("checkpoint", "here")
+    tracker.finish()
+    assert "NoSuchBucket" in caplog.text
+    assert "2 records could not be sent" in caplog.text
+    found = tracker.client.get_run(tracker.run_id)
+    assert (found.data.metrics, found.info.status) == ({"loss": 0.5}, "RUNNING")
+    assert found.data.tags["checkpoint"] == "here"
+    kinds = [json.loads(line)["kind"] for line in waiting.open()]
+    assert kinds == ["artifact", "status"]
+
+    s3.create_bucket(Bucket="later")
+    assert Tracker(tracker.client, tracker.run_id, tmp_path / "outbox.jsonl").leave() == 0
+    (kept,) = s3.list_objects_v2(Bucket="later")["Contents"]
+    assert kept["Key"].endswith("/artifacts/made.txt")
+    assert tracker.client.get_run(tracker.run_id).info.status == "FINISHED"
+    assert not waiting.exists()
+
+
+def test_artifacts_that_their_store_refuses_are_dropped_by_name(tmp_path, caplog):
+    answers = iter((403, 413))
+
+    class Refusing(BaseHTTPRequestHandler):
+        def do_PUT(self):
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self.send_error(next(answers))
+
+        def log_message(self, *args):
+            pass
+
+    made = [tmp_path / "one.txt", tmp_path / "two.txt"]
+    for path in made:
+        path.write_text("made")
+    with ThreadingHTTPServer(("127.0.0.1", 0), Refusing) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        tracker = open_run(tmp_path, f"http://127.0.0.1:{server.server_port}/store")
+        for path in made:
+            tracker.artifact(path)
+        tracker.finish()
+        server.shutdown()
+    for path in made:
+        assert f"MLflow refuses artifact {path}, dropped" in caplog.text
+    assert list(answers) == []
+    assert tracker.client.get_run(tracker.run_id).info.status == "FINISHED"
+
+
+def test_what_may_pass_is_told_from_what_stays_refused():
+    import requests
+    from mlflow.exceptions import MlflowException, RestException
+
+    def http(status):
+        response = requests.Response()
+        response.status_code = status
+        return requests.HTTPError(response=response)
+
+    kept = [http(status) for status in (401, 404, 408, 429, 500, 503)]
+    kept += [MlflowException("no route"), OSError("reset"), requests.ConnectionError("refused")]
+    dropped = [http(400), http(403), http(413), FileNotFoundError("gone")]
+    dropped += [RestException({"error_code": "RESOURCE_DOES_NOT_EXIST"})]
+    assert [_is_permanent(error) for error in kept] == [False] * len(kept)
+    assert [_is_permanent(error) for error in dropped] == [True] * len(dropped)
 
 
 def free_port():
