@@ -149,6 +149,23 @@ def test_a_call_whose_process_is_killed_from_outside_runs_again(tmp_path):
         child.close()
 
 
+GETS_ON = (
+    "[__import__('time').sleep({pause_s}) or __import__('pipeline.child').child.report_progress() "
+    "for _ in range({steps})][-1]"
+)
+
+
+def test_a_call_that_gets_on_may_take_longer_than_its_deadline():
+    child = Child()
+    try:
+        child.call(abs, -1, deadline_s=60)
+        assert child.call(eval, GETS_ON.format(steps=12, pause_s=0.25), deadline_s=1.0) is None
+        with pytest.raises(ChildError, match=r"DeadlineExceeded: eval took over 1 s"):
+            child.call(eval, GETS_ON.format(steps=2, pause_s=5), deadline_s=1.0)
+    finally:
+        child.close()
+
+
 def test_an_error_in_the_child_keeps_its_class_and_message():
     child = Child()
     try:
