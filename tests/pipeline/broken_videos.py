@@ -96,5 +96,7 @@ def decoder_that(monkeypatch, tmp_path, code):
     close_shared_child()
     with monkeypatch.context() as patch:
         patch.setenv("PYTHONPATH", f"{plugin}:{os.environ.get('PYTHONPATH', '')}")
-        yield
-    close_shared_child()
+        try:
+            yield
+        finally:
+            close_shared_child()
