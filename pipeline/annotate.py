@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from pipeline.config import IngestConfig
 from pipeline.counters import annotate_counters, is_lost
 from pipeline.dead_letters import DeadLetter, DeadLimit, quarantined, write_dead_letters
 from pipeline.decode import sample_frames
+from pipeline.decoders import TAKE_DECODER
 from pipeline.graph import OnProgress, Row, result_row, run_stage, run_units
 from pipeline.ledger import CLIPS_INPUT, Ledger, Marker, Wanted, require_markers
 from pipeline.picture_scores import PICTURE_SCORES, PictureScores
@@ -31,6 +32,8 @@ STAGE = "annotate"
 REVISION = 1
 PICTURE_HEIGHT = 256
 VERSION_THREADS = 8
+RUN_CLIPS = 32
+"""Clips of a video whose pictures are held at once: a film has thousands."""
 
 
 @dataclass(frozen=True)
@@ -201,25 +204,33 @@ class AnnotateUnit:
         captions: dict[str, Caption] = {}
         if not self.captioner.reads_pictures:
             captions = self.captioner.describe(source, clips, {})
-        fresh = [clip for clip in clips if self._is_stale(clip["clip_id"], before, captions)]
-        pictures: dict[str, list[np.ndarray]] = {}
-        dead: list[DeadLetter] = [quarantine] if quarantine else []
-        if fresh and not quarantine:
-            try:
-                pictures = self._sample(source, fresh)
-            except ChildError as error:
-                dead.append(_letter(error, source, attempt))
-        if self.captioner.reads_pictures:
-            captions = self.captioner.describe(source, fresh, pictures)
+        stale = [clip for clip in clips if self._is_stale(clip["clip_id"], before, captions)]
+        stale.sort(key=lambda clip: (clip["start_s"], clip["clip_id"]))
+        measured: dict[str, dict[str, Any]] = {}
+        failures = _Failures(source, attempt)
+        left_alone = quarantine is not None
+        for first in range(0, len(stale), RUN_CLIPS):
+            run = stale[first : first + RUN_CLIPS]
+            pictures: dict[str, list[np.ndarray]] = {}
+            if not left_alone:
+                try:
+                    pictures = self._sample(source, run)
+                except ChildError as error:
+                    failures.add(error, run)
+                    left_alone = error.error_class in TAKE_DECODER
+            if self.captioner.reads_pictures:
+                captions |= self.captioner.describe(source, run, pictures)
+            texts = {i: captions[i].text for i in pictures if i in captions}
+            measured |= self.scores.measure(pictures, texts)
+        dead = [*([quarantine] if quarantine else []), *failures.letters.values()]
         asked = [clip for clip in clips if clip["clip_id"] in captions]
         dead += _caption_letters(source, asked, captions, self.captioner, attempt)
-        texts = {clip_id: caption.text for clip_id, caption in captions.items()}
-        measured = self.scores.measure(pictures, texts)
+        looked_at = {clip["clip_id"] for clip in stale}
         rows = []
         for clip in clips:
             clip_id = clip["clip_id"]
             scores = measured.get(clip_id) or before.get(clip_id) or dict.fromkeys(PICTURE_SCORES)
-            if clip_id not in measured and clip in fresh:
+            if clip_id not in measured and clip_id in looked_at:
                 scores = {**scores, "clip_similarity": None}  # that of an earlier caption
             caption = _columns(captions[clip_id]) if clip_id in captions else {}
             rows.append({"clip_id": clip_id, **scores, **caption})
@@ -247,6 +258,24 @@ class AnnotateUnit:
         return {
             clip["clip_id"]: pictures[i * count : (i + 1) * count] for i, clip in enumerate(clips)
         }
+
+
+class _Failures:
+    """Dead letters of runs of clips whose pictures could not be had, one for each reason."""
+
+    def __init__(self, source: Source, attempt: int) -> None:
+        self.source = source
+        self.attempt = attempt
+        self.letters: dict[str, DeadLetter] = {}
+
+    def add(self, error: ChildError, clips: Sequence[Row]) -> None:
+        """Note why the pictures of `clips`, in order of time, are not there."""
+        known, end_s = self.letters.get(str(error)), clips[-1]["end_s"]
+        self.letters[str(error)] = (
+            replace(known, end_s=end_s)
+            if known
+            else _letter(error, self.source, self.attempt, (clips[0]["start_s"], end_s))
+        )
 
 
 def _columns(caption: Caption) -> Row:

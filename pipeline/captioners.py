@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from pipeline.captions import CaptionFileError, Cue, caption_for, read_cues
+from pipeline.captions import Cue, caption_for, read_cues
 from pipeline.child import ChildError, describe_error
 from pipeline.coca import CocaCaptioner
 from pipeline.config import CaptionConfig
@@ -73,7 +73,7 @@ class SidecarCaptions:
         """See :class:`Captioner`; a file that cannot be read fails the captions of its video."""
         try:
             cues = [(_origin(uri), read_cues(uri)) for uri in source.sidecars]
-        except (CaptionFileError, OSError) as error:
+        except Exception as error:  # whatever a file holds is no other video's business
             failure = Caption.failed(ChildError(*describe_error(error)))
             return {clip["clip_id"]: failure for clip in clips}
         return {clip["clip_id"]: _first_caption(cues, clip) for clip in clips}

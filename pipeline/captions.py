@@ -81,6 +81,8 @@ def parse_json(value: Any) -> list[Cue]:
         if isinstance(item, str):
             cues.append(Cue(item))
             continue
+        if not isinstance(item, dict):
+            raise CaptionFileError(f"{item!r} is no caption")
         end_s = item.get("end")
         cues.append(
             Cue(

@@ -4,6 +4,9 @@ Decoders crash, and some spin for ever while they hold the interpreter's lock. W
 therefore happens in a child that can be killed, and that is started again for the next call.
 The child is a fresh interpreter (not a fork: a Ray worker has threads), lives as long as its
 parent, and takes calls one after another.
+
+A long call tells that it gets on (:func:`report_progress`); its deadline then counts from there, so
+that it ends decoders that hang and not videos that are long.
 """
 
 from __future__ import annotations
@@ -17,16 +20,24 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
 from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 from typing import Any
 
 ALARM_GRACE_S = 10
 PARENT_CHECK_S = 1.0
+ENDING_S = 0.5
+"""A process ends a little after its pipe closes."""
+KILL_ENDING = "signal SIGKILL"
+PROGRESS_S = 1.0
+ALIVE = "alive"
 CRASHED = "DecoderCrashed"
+KILLED = "DecoderKilled"
 TIMED_OUT = "DeadlineExceeded"
-"""Error classes of a call that took its process with it, or its deadline."""
+"""Error classes of a call that took its process with it, whose process was killed from outside (for
+want of memory, say), or that took longer than its deadline."""
 
 
 class ChildError(RuntimeError):
@@ -37,6 +48,15 @@ class ChildError(RuntimeError):
         self.error_class = error_class
         self.message = message
         self.retryable = retryable
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """A call that was submitted to a child."""
+
+    function: Callable[..., Any]
+    args: tuple[Any, ...]
+    deadline_s: float
 
 
 class Child:
@@ -56,26 +76,36 @@ class Child:
         self.threads = threads
         self.inherited = inherited
         self.process: subprocess.Popen[bytes] | None = None
-        self.waiting: deque[tuple[Callable[..., Any], tuple[Any, ...], float]] = deque()
+        self.waiting: deque[Call] = deque()
 
     def call(self, function: Callable[..., Any], *args: Any, deadline_s: float) -> Any:
         """Run `function(*args)` in the child and return its result.
 
         Raises:
-            ChildError: if it raised, crashed its process, or took longer than `deadline_s`.
+            ChildError: if it raised, crashed its process, or went on for `deadline_s` without a
+                result or a sign of progress.
         """
         assert not self.waiting, "results of submitted calls must be taken first"
         self.submit(function, *args, deadline_s=deadline_s)
         return self.result()
 
-    def submit(self, function: Callable[..., Any], *args: Any, deadline_s: float) -> None:
+    def submit(self, function: Callable[..., Any], *args: Any, deadline_s: float) -> Call:
         """Start a call whose result :meth:`result` will return."""
         if self.process is not None and not self.waiting and self.process.poll() is not None:
             self.close()  # killed from outside while it was idle
-        self._start()
-        call = (function, args, deadline_s)
+        call = Call(function, args, deadline_s)
         self.waiting.append(call)
-        self._send(call)
+        if self.process is None:
+            self._start()
+        else:
+            self._send(call)
+        return call
+
+    def cancel(self, calls: Collection[Call]) -> None:
+        """Forget submitted calls, and end the process that may be at one of them."""
+        if any(call in calls for call in self.waiting):
+            self.waiting = deque(call for call in self.waiting if call not in calls)
+            self._kill()
 
     def result(self) -> Any:
         """Result of the oldest submitted call; raises as :meth:`call` does.
@@ -83,51 +113,52 @@ class Child:
         A call whose process ends gets a second one: the first may have been killed from outside,
         for want of memory say, and only an input that does it twice is to blame.
         """
-        function, _, deadline_s = self.waiting[0]
+        call = self.waiting[0]
         try:
             try:
-                answered, answer = self._receive(deadline_s)
+                answer = self._receive(call.deadline_s)
             except (EOFError, OSError):
-                self._restart()
-                answered, answer = self._receive(deadline_s)
+                self._end()
+                answer = self._receive(call.deadline_s)
         except (EOFError, OSError):
             self.waiting.popleft()
-            code = self._restart()
-            raise ChildError(
-                CRASHED, f"{function.__name__} ended its process twice ({code})", False
-            ) from None
+            ending = self._end()
+            killed = ending == KILL_ENDING  # a crash ends otherwise: somebody else did that
+            reason = f"{call.function.__name__} ended its process twice ({ending})"
+            raise ChildError(KILLED if killed else CRASHED, reason, killed) from None
         self.waiting.popleft()
-        if not answered:
-            self._restart()
-            raise ChildError(TIMED_OUT, f"{function.__name__} took over {deadline_s:g} s", False)
+        if answer is None:
+            self._kill()
+            reason = f"{call.function.__name__} took over {call.deadline_s:g} s"
+            raise ChildError(TIMED_OUT, reason, False)
         outcome, value = answer
         if outcome == "error":
             raise ChildError(*value)
         return value
 
-    def _receive(self, deadline_s: float) -> tuple[bool, Any]:
-        """Whether an answer came in time, and the answer."""
-        answered = self.connection.poll(deadline_s)
-        return answered, self.connection.recv() if answered else None
+    def _receive(self, deadline_s: float) -> tuple[str, Any] | None:
+        """Outcome and value of the oldest call; none if the deadline passes."""
+        if self.process is None:
+            self._start()
+        while self.connection.poll(deadline_s):
+            outcome, value = self.connection.recv()
+            if outcome != ALIVE:
+                return outcome, value
+        return None
 
     def close(self) -> None:
         """End the child; calls under way are lost."""
         self.waiting.clear()
-        if self.process is not None:
-            self.connection.close()
-            self.process.kill()
-            self.process.wait()
-            self.process = None
+        self._kill()
 
     def _start(self) -> None:
-        if self.process is not None:
-            return
+        """Start a process and send it what waits."""
         self.connection, theirs = Pipe()
         room = str(Path(__file__).resolve().parent.parent)
         paths = [room, os.environ.get("PYTHONPATH", "")]
         handle = theirs.fileno()
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "pipeline.child", str(handle), str(self.threads)],
+            [sys.executable, "-c", START, str(handle), str(self.threads)],
             pass_fds=(handle, *self.inherited),
             env={
                 **os.environ,
@@ -138,36 +169,32 @@ class Child:
             stdin=subprocess.DEVNULL,
         )
         theirs.close()
+        for call in self.waiting:
+            self._send(call)
 
-    def _send(self, call: tuple[Callable[..., Any], tuple[Any, ...], float]) -> None:
+    def _send(self, call: Call) -> None:
         # A broken pipe means that an earlier call ended the child: that call's result() says so,
-        # starts a new child, and sends this call again.
+        # and a new child gets this call again.
         with contextlib.suppress(OSError):
-            self.connection.send(call)
+            self.connection.send((call.function, call.args, call.deadline_s))
 
-    def _restart(self) -> str:
-        """Kill the child and send the calls still waiting to a new one; returns how it ended."""
+    def _end(self) -> str:
+        """See the process off; a new one starts with what still waits. Returns how it ended."""
         assert self.process is not None
-        self.process.poll()
-        if self.process.returncode is None and not self._gone():
-            self.process.kill()
-        code = self.process.wait()
-        self.connection.close()
-        self.process = None
-        if self.waiting:
-            self._start()
-            for call in self.waiting:
-                self._send(call)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(ENDING_S)
+        code = self.process.returncode
+        self._kill()
+        if code is None:
+            return "it had to be killed"
         return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
 
-    def _gone(self) -> bool:
-        """Whether the child ends by itself within a moment (its pipe closes a little before)."""
-        assert self.process is not None
-        try:
-            self.process.wait(0.5)
-        except subprocess.TimeoutExpired:
-            return False
-        return True
+    def _kill(self) -> None:
+        if self.process is not None:
+            self.connection.close()
+            self.process.kill()
+            self.process.wait()
+            self.process = None
 
 
 _shared = threading.local()
@@ -205,10 +232,42 @@ def end_with_parent(parent: int) -> None:
     os._exit(1)
 
 
+class _Progress:
+    """Tells the parent now and then that a call gets on."""
+
+    def __init__(self, connection: Connection, deadline_s: float) -> None:
+        self.connection = connection
+        self.deadline_s = deadline_s
+        self.interval_s = min(PROGRESS_S, deadline_s / 4)
+        self.told_s = time.monotonic()
+
+    def tell(self) -> None:
+        now_s = time.monotonic()
+        if now_s - self.told_s >= self.interval_s:
+            self.told_s = now_s
+            self.set_alarm()
+            self.connection.send((ALIVE, None))
+
+    def set_alarm(self) -> None:
+        # If the parent dies, nobody else ends a decoder that holds the interpreter's lock (which
+        # the thread that watches the parent needs too): the alarm's default action needs none.
+        signal.alarm(math.ceil(self.deadline_s) + ALARM_GRACE_S)
+
+
+_progress: _Progress | None = None
+
+
+def report_progress() -> None:
+    """Give the call under way its whole deadline again; outside a child this does nothing."""
+    if _progress is not None:
+        _progress.tell()
+
+
 def serve(connection: Connection, threads: int) -> None:
     """Answer calls until the parent is gone."""
     import cv2
 
+    global _progress
     cv2.setNumThreads(threads)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=end_with_parent, args=(os.getppid(),), daemon=True).start()
@@ -217,19 +276,24 @@ def serve(connection: Connection, threads: int) -> None:
             function, args, deadline_s = connection.recv()
         except EOFError:
             return
-        # If the parent dies, nobody else ends a decoder that holds the interpreter's lock (which
-        # the thread that watches the parent needs too): the alarm's default action needs none.
-        signal.alarm(math.ceil(deadline_s) + ALARM_GRACE_S)
+        _progress = _Progress(connection, deadline_s)
+        _progress.set_alarm()
         try:
             answer = ("ok", function(*args))
         except Exception as error:
             answer = ("error", describe_error(error))
         signal.alarm(0)
+        _progress = None
         try:
             connection.send(answer)
         except OSError:
             return
 
 
-if __name__ == "__main__":
+START = "from pipeline.child import main; main()"
+"""What a child runs: this module under its own name, so that `report_progress` finds its state."""
+
+
+def main() -> None:
+    """Serve the parent that started this process."""
     serve(Connection(int(sys.argv[1])), int(sys.argv[2]))

@@ -194,8 +194,9 @@ class DecodeConfig(StrictModel):
     """Limits on decoders, which run in child processes."""
 
     deadline_s: float = Field(default=900.0, gt=0)
-    """Longest time for one call (a whole pass over a video, the sparse frames of a video, or one
-    clip); a decoder that takes longer is killed and its input becomes a dead letter."""
+    """Longest time for one piece of work: the next picture of a whole pass over a video, the sparse
+    frames of some clips, or one clip. A decoder that takes longer is killed and its video becomes a
+    dead letter."""
     salvage: bool = False
     """Take the good beginning of a video that is damaged or cut off, instead of none of it."""
 

@@ -210,7 +210,7 @@ def kept_rows(
 def survey_in_child(
     source: Source, config: IngestConfig
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """:func:`pipeline.survey.survey` in a child process, under the deadline."""
+    """:func:`pipeline.survey.survey` in a child process, under the deadline for each picture."""
     return shared_child(config.threads).call(
         survey,
         source.uri,

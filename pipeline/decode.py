@@ -24,8 +24,12 @@ if TYPE_CHECKING:
     from av.video.stream import VideoStream
 
 # decord keeps what it decoded since the last seek for as long as its reader is open, so a reader
-# serves only a few frames.
+# serves only a few frames; and it reads the whole file when it opens it.
 FRAMES_PER_READER = 16
+DECORD_FRAMES = 5000
+"""Length of the longest video that decord is asked for."""
+READ_ON_S = 2.0
+"""As far ahead it is quicker to decode on than to start from a keyframe again."""
 MPEG_STREAMS = ("mpegts", "mpeg")
 
 
@@ -200,7 +204,7 @@ def sample_frames(
     """Pictures shown at `times` (seconds from the stream's start), decoded sparsely.
 
     decord reads them in a child process; where decord is not installed, cannot open the video, or
-    the video is no file of its own, PyAV seeks to each.
+    the video is long or no file of its own, PyAV seeks to them. Times in rising order are quickest.
 
     Args:
         uri: path or `s3://` object.
@@ -226,7 +230,7 @@ def read_sparse(uri: str, times: list[float], height: int | None) -> list[np.nda
         import decord
     except ImportError:
         return read_sparse_pyav(uri, times, height)
-    if not is_local_file(uri) or not decord_is_right(uri):
+    if not is_local_file(uri) or not suits_decord(uri):
         return read_sparse_pyav(uri, times, height)
     try:
         return read_sparse_decord(uri, times, height)
@@ -236,14 +240,27 @@ def read_sparse(uri: str, times: list[float], height: int | None) -> list[np.nda
         return read_sparse_pyav(uri, times, height)
 
 
-def decord_is_right(uri: str) -> bool:
-    """Whether decord shows the video at `uri` as it is.
+def suits_decord(uri: str) -> bool:
+    """Whether decord shows the video at `uri` as it is, and soon.
 
     In MPEG streams it seeks to a keyframe too late, and it leaves oblong pixels oblong.
     """
     with open_stream(uri) as (container, stream):
         is_square = (stream.sample_aspect_ratio or 1) == 1
-        return is_square and container.format.name not in MPEG_STREAMS
+        is_right = is_square and container.format.name not in MPEG_STREAMS
+        return is_right and expected_frames(container, stream) <= DECORD_FRAMES
+
+
+def expected_frames(container: InputContainer, stream: VideoStream) -> float:
+    """Frames that a container promises, by its count or its duration; 0 where it tells neither."""
+    import av
+
+    if stream.frames:
+        return stream.frames
+    rate = float(stream.average_rate or stream.guessed_rate or 0)
+    if stream.duration is not None:
+        return float(stream.duration * stream.time_base) * rate
+    return (container.duration or 0) / av.time_base * rate
 
 
 def read_sparse_decord(uri: str, times: list[float], height: int | None) -> list[np.ndarray]:
@@ -263,11 +280,12 @@ def read_sparse_decord(uri: str, times: list[float], height: int | None) -> list
 
 
 def read_sparse_pyav(uri: str, times: list[float], height: int | None) -> list[np.ndarray]:
-    """Sparse frames through PyAV: seek to the keyframe before each time and decode up to it."""
+    """Sparse frames through PyAV: seek to the keyframe before a time and decode up to it."""
     pictures = []
     with open_stream(uri) as (container, stream):
+        screen = Screen(container, stream)
         for time_s in times:
-            frame = frame_shown_at(container, stream, time_s)
+            frame = screen.frame_at(time_s)
             pictures.append(shrink(to_rgb(frame, *displayed_size(frame, stream)), height))
     return pictures
 
@@ -277,16 +295,40 @@ def shown_at(starts: Sequence[float], time_s: float) -> int:
     return max(0, bisect.bisect_right(starts, time_s + 1e-3) - 1)
 
 
-def frame_shown_at(container: InputContainer, stream: VideoStream, time_s: float) -> av.VideoFrame:
-    """The frame on screen at `time_s`; the last one after the end."""
-    last: av.VideoFrame | None = None
-    for frame, until_s in shown_spans(container, stream, time_s):
-        if until_s - tolerance_s(stream) > time_s:
-            return frame
-        last = frame
-    if last is None:
-        raise DecodeError("the video stream holds no frame")
-    return last
+class Screen:
+    """What a video shows at given times; from one to a time soon after, it just decodes on."""
+
+    def __init__(self, container: InputContainer, stream: VideoStream) -> None:
+        self.container = container
+        self.stream = stream
+        self._spans: Iterator[tuple[av.VideoFrame, float]] = iter(())
+        self._shown: av.VideoFrame | None = None
+        self._until_s = 0.0
+
+    def frame_at(self, time_s: float) -> av.VideoFrame:
+        """The frame on screen at `time_s`; the last one after the end.
+
+        Raises:
+            DecodeError: if there is no frame.
+        """
+        if not self._is_near(time_s):
+            self._spans = shown_spans(self.container, self.stream, time_s)
+            self._shown = None
+        while self._shown is None or self._until_s - tolerance_s(self.stream) <= time_s:
+            following = next(self._spans, None)
+            if following is None:
+                break
+            self._shown, self._until_s = following
+        if self._shown is None:
+            raise DecodeError("the video stream holds no frame")
+        return self._shown
+
+    def _is_near(self, time_s: float) -> bool:
+        """Whether the frame on screen, or one soon after, is the one at `time_s`."""
+        if self._shown is None:
+            return False
+        from_s = frame_time_s(self._shown, self.stream) - tolerance_s(self.stream)
+        return from_s <= time_s <= self._until_s + READ_ON_S
 
 
 def shown_spans(

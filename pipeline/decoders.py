@@ -5,16 +5,30 @@ from __future__ import annotations
 import mmap
 import os
 import tempfile
+from collections import deque
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from pipeline.child import Child, ChildError
+from pipeline.child import CRASHED, KILLED, TIMED_OUT, Call, Child, ChildError
 from pipeline.clips import read_clip, read_clip_with_lead
 
 Row = dict[str, Any]
+
+TAKE_DECODER = (CRASHED, KILLED, TIMED_OUT)
+"""Error classes after which a source is left alone for the rest of a run."""
+
+Blocked = dict[str, ChildError]
+"""Sources that are left alone, each with what is said of its clips."""
+
+
+def quarantine(retryable: bool = False) -> ChildError:
+    """What is said of the clips of a source that is left alone."""
+    reason = "another clip of this video, or an earlier stage, crashed or hung its decoder"
+    return ChildError("Quarantined", reason, retryable)
 
 
 class ClipAddress(NamedTuple):
@@ -26,6 +40,16 @@ class ClipAddress(NamedTuple):
     fps: float
     height: int
     width: int
+
+
+@dataclass(frozen=True, eq=False)
+class _Job:
+    """A clip on its way."""
+
+    clip: Row
+    child: Child
+    call: Call
+    slot: int
 
 
 class DecoderPool:
@@ -62,18 +86,35 @@ class DecoderPool:
         self._memory = np.frombuffer(mmap.mmap(self._file, self.slots * slot_bytes), np.uint8)
         self.children = [Child(threads, inherited=(self._file,)) for _ in range(decoders)]
 
-    def read(self, clips: Sequence[Row]) -> Iterator[tuple[Row, np.ndarray | ChildError]]:
+    def read(
+        self, clips: Sequence[Row], blocked: Blocked
+    ) -> Iterator[tuple[Row, np.ndarray | ChildError]]:
         """Each row of the clip table with its frames, or with what went wrong, in order.
+
+        A source that takes a decoder along, or its deadline, joins `blocked`: its other clips are
+        not tried, because each try would cost a process or a deadline.
 
         Frames are `uint8 [t, H, W, 3]` in a slot that the next step may overwrite.
         """
+        free = deque(range(self.slots))
+        jobs: deque[_Job | Row] = deque()
+        rest = deque(clips)
         try:
-            for i in range(min(self.slots, len(clips))):
-                self._submit(i, clips[i])
-            for i, clip in enumerate(clips):
-                yield clip, self._result(i, clip)
-                if i + self.slots < len(clips):
-                    self._submit(i + self.slots, clips[i + self.slots])
+            while rest or jobs:
+                while rest and (free or rest[0]["source_id"] in blocked):
+                    clip = rest.popleft()
+                    is_blocked = clip["source_id"] in blocked
+                    jobs.append(clip if is_blocked else self._submit(clip, free.popleft()))
+                job = jobs.popleft()
+                if not isinstance(job, _Job):
+                    yield job, blocked[job["source_id"]]
+                    continue
+                frames = self._result(job)
+                if isinstance(frames, ChildError) and frames.error_class in TAKE_DECODER:
+                    blocked[job.clip["source_id"]] = quarantine(frames.retryable)
+                    jobs = self._without(job.clip["source_id"], jobs, free)
+                yield job.clip, frames
+                free.append(job.slot)
         finally:
             self._drop_pending()
 
@@ -93,26 +134,40 @@ class DecoderPool:
             if child.waiting:
                 child.close()
 
-    def _submit(self, index: int, clip: Row) -> None:
+    def _submit(self, clip: Row, slot: int) -> _Job:
+        """Have the child with the least to do decode a clip into a slot."""
+        child = min(self.children, key=lambda child: len(child.waiting))
         address = ClipAddress(*(clip[name] for name in ClipAddress._fields))
         lead_from_s = clip["scene_start_s"] if self.with_lead else None
-        self.children[index % len(self.children)].submit(
+        call = child.submit(
             decode_into,
             self._file,
             self.slots * self.slot_bytes,
-            index % self.slots * self.slot_bytes,
+            slot * self.slot_bytes,
             address,
             lead_from_s,
             deadline_s=self.deadline_s,
         )
+        return _Job(clip, child, call, slot)
 
-    def _result(self, index: int, clip: Row) -> np.ndarray | ChildError:
+    def _without(
+        self, source_id: str, jobs: deque[_Job | Row], free: deque[int]
+    ) -> deque[_Job | Row]:
+        """`jobs` with the clips of a source taken back, and their slots set free."""
+        mine = [j for j in jobs if isinstance(j, _Job) and j.clip["source_id"] == source_id]
+        for child in self.children:
+            child.cancel({job.call for job in mine})
+        free.extend(job.slot for job in mine)
+        return deque(job.clip if job in mine else job for job in jobs)
+
+    def _result(self, job: _Job) -> np.ndarray | ChildError:
         try:
-            self.children[index % len(self.children)].result()
+            job.child.result()
         except ChildError as error:
             return error
+        clip = job.clip
         shape = (clip["frames"] + self.with_lead, clip["height"], clip["width"], 3)
-        start = index % self.slots * self.slot_bytes
+        start = job.slot * self.slot_bytes
         return self._memory[start : start + int(np.prod(shape))].reshape(shape)
 
 

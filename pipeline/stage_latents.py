@@ -12,8 +12,8 @@ import numpy as np
 from pipeline.child import ChildError
 from pipeline.config import IngestConfig
 from pipeline.counters import latent_counters
-from pipeline.dead_letters import QUARANTINE, DeadLetter, write_dead_letters
-from pipeline.decoders import DecoderPool
+from pipeline.dead_letters import DeadLetter, write_dead_letters
+from pipeline.decoders import Blocked, DecoderPool, quarantine
 from pipeline.graph import Row, result_row
 from pipeline.latents import clip_bytes, encode_frames, latent_row, lead_latents
 from pipeline.ledger import Ledger, Wanted
@@ -83,7 +83,8 @@ class EncodeLatents:
         ledger.begin(work.unit, wanted)
         records = list(work.marker.files) if work.marker else []
         parts = [bucket_and_part(record.path) for record in records]
-        blocked = set() if retry_dead else quarantined_sources(self.store, work.unit)
+        left_alone = set() if retry_dead else quarantined_sources(self.store, work.unit)
+        blocked = {source_id: quarantine() for source_id in left_alone if source_id}
         clips = _DecodableClips(self.decoders, work.dead, blocked)
         for shape in self.config.clip.shapes:
             mine = [clip for clip in work.missing if clip["bucket"] == shape.name]
@@ -113,15 +114,9 @@ class EncodeLatents:
 
 
 class _DecodableClips:
-    """Batches of the clips that can be decoded; keeps account of the others.
+    """Batches of the clips that can be decoded; keeps account of the others."""
 
-    A source that crashed or hung a decoder is not tried again with its other clips: each try would
-    cost a process or a deadline.
-    """
-
-    def __init__(
-        self, decoders: DecoderPool, dead: Sequence[DeadLetter], blocked: set[str | None]
-    ) -> None:
+    def __init__(self, decoders: DecoderPool, dead: Sequence[DeadLetter], blocked: Blocked) -> None:
         self.decoders = decoders
         self.dead = {(letter.source_id, letter.start_s): letter for letter in dead}
         self.blocked = blocked
@@ -132,15 +127,9 @@ class _DecodableClips:
 
     def batches(self, rows: list[Row], size: int) -> Iterator[tuple[list[Row], np.ndarray]]:
         """Up to `size` clips with their frames `uint8 [b, t, H, W, 3]`, valid until the next."""
-        open_rows = [row for row in rows if row["source_id"] not in self.blocked]
-        for row in rows:
-            if row["source_id"] in self.blocked:
-                self._note(row, _quarantine())
         batch: list[Row] = []
         buffer: np.ndarray | None = None
-        for row, frames in self.decoders.read(open_rows):
-            if row["source_id"] in self.blocked:
-                frames = _quarantine()
+        for row, frames in self.decoders.read(rows, self.blocked):
             if isinstance(frames, ChildError):
                 self._note(row, frames)
                 continue
@@ -156,8 +145,6 @@ class _DecodableClips:
             yield batch, buffer[: len(batch)]
 
     def _note(self, row: Row, error: ChildError) -> None:
-        if error.error_class in QUARANTINE:
-            self.blocked.add(row["source_id"])
         key = (row["source_id"], row["start_s"])
         self.dead[key] = DeadLetter.of(
             error,
@@ -167,8 +154,3 @@ class _DecodableClips:
             attempts=self.dead[key].attempts + 1 if key in self.dead else 1,
             span=(row["start_s"], row["end_s"]),
         )
-
-
-def _quarantine() -> ChildError:
-    reason = "another clip of this video, or an earlier stage, crashed or hung its decoder"
-    return ChildError("Quarantined", reason, retryable=False)

@@ -9,7 +9,9 @@ import functools
 import hashlib
 import io
 import os
+import time
 from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 from urllib.parse import unquote_to_bytes
@@ -18,6 +20,9 @@ from pipeline.archives import Member
 
 READ_AHEAD = 1 << 20
 DATA_PREFIX = "data:"
+READ_TRIES = 5
+READ_WAIT_S = 0.5
+"""Before a broken answer is asked for again; twice as long each time."""
 MISSING_CODES = ("404", "NoSuchKey", "NoSuchBucket", "NotFound")
 
 
@@ -91,8 +96,7 @@ def read_bytes(uri: str) -> bytes:
         return read_span(member.archive, member.offset, member.size)
     if not is_s3(uri):
         return Path(uri).read_bytes()
-    bucket, key = split_s3(uri)
-    return call_s3(uri, "get_object", Bucket=bucket, Key=key)["Body"].read()
+    return read_object(uri)
 
 
 def read_span(uri: str, start: int, length: int) -> bytes:
@@ -106,22 +110,55 @@ def read_span(uri: str, start: int, length: int) -> bytes:
         with Path(uri).open("rb") as file:
             file.seek(start)
             return file.read(length)
+    return read_object(uri, Range=f"bytes={start}-{start + length - 1}")
+
+
+def read_object(uri: str, **arguments: str) -> bytes:
+    """Content of an S3 object, or the `Range` of it.
+
+    boto3 repeats requests that fail, but not answers that break off while they are read.
+
+    Raises:
+        StorageError: if the store refuses, or its answer breaks off again and again.
+    """
     bucket, key = split_s3(uri)
-    span = f"bytes={start}-{start + length - 1}"
-    return call_s3(uri, "get_object", Bucket=bucket, Key=key, Range=span)["Body"].read()
+    wait_s = READ_WAIT_S
+    for left in reversed(range(READ_TRIES)):
+        body = call_s3(uri, "get_object", Bucket=bucket, Key=key, **arguments)["Body"]
+        try:
+            with closing(body), _as_os_errors(uri):
+                return body.read()
+        except StorageError:
+            if not left:
+                raise
+        time.sleep(wait_s)
+        wait_s *= 2
+    raise AssertionError("the last try returns or raises")
 
 
 def call_s3(uri: str, operation: str, **arguments: Any) -> Any:
     """One request about `uri`, its failure as an OSError like that of a local file."""
+    with _as_os_errors(uri):
+        return getattr(s3_client(), operation)(**arguments)
+
+
+@contextmanager
+def _as_os_errors(uri: str) -> Iterator[None]:
+    """Errors of boto3, and of the connection below it, as :class:`StorageError` about `uri`."""
     import boto3.exceptions
     import botocore.exceptions
+    import urllib3.exceptions
 
     try:
-        return getattr(s3_client(), operation)(**arguments)
+        yield
     except botocore.exceptions.ClientError as error:
         missing = error.response.get("Error", {}).get("Code") in MISSING_CODES
         raise (MissingObjectError if missing else StorageError)(f"{uri}: {error}") from None
-    except (botocore.exceptions.BotoCoreError, boto3.exceptions.Boto3Error) as error:
+    except (
+        botocore.exceptions.BotoCoreError,
+        boto3.exceptions.Boto3Error,
+        urllib3.exceptions.HTTPError,
+    ) as error:
         raise StorageError(f"{uri}: {error}") from None
 
 

@@ -6,6 +6,7 @@ import hashlib
 from typing import Any
 
 from pipeline.buckets import Span, best_shape, clip_spans
+from pipeline.child import report_progress
 from pipeline.config import BucketShape, ClipConfig, SceneConfig
 from pipeline.decode import DecodeError, VideoInfo, probe, scan
 from pipeline.scenes import Scene, SceneFinder
@@ -74,13 +75,17 @@ def survey(
 def _look_at_all(
     uri: str, height: int, info: VideoInfo, finder: SceneFinder, scores: FrameScores, salvage: bool
 ) -> float:
-    """Show every frame to `finder` and `scores`; returns when the video, or its good part, ends."""
+    """Show every frame to `finder` and `scores`; returns when the video, or its good part, ends.
+
+    A child's deadline is for one picture here: a film may take as long as it is.
+    """
     from av.error import FFmpegError
 
     try:
         for time_s, picture in scan(uri, height):
             finder.add(time_s, picture)
             scores.add(time_s, picture)
+            report_progress()
         end_s = _end_of(finder.times, info)
         _check_whole(info, len(finder.times), end_s)
     except (FFmpegError, TruncatedVideoError):

@@ -1,10 +1,14 @@
-"""Videos that are broken in one way each."""
+"""Videos that are broken in one way each, and decoders that are."""
 
+import contextlib
+import os
 from pathlib import Path
 
 import av
 import numpy as np
 from conftest import COLOURS, scene_pictures, write_video
+
+from pipeline.child import close_shared_child
 
 
 def noise(frames, size=64):
@@ -79,3 +83,20 @@ def write_sound(path):
         frame.sample_rate = 16000
         container.mux(stream.encode(frame))
         container.mux(stream.encode())
+
+
+@contextlib.contextmanager
+def decoder_that(monkeypatch, tmp_path, code):
+    """Decoder processes run `code` before anything else."""
+    plugin = tmp_path / "plugin"
+    plugin.mkdir()
+    lines = "\n".join(f"    {line}" for line in code.splitlines())
+    head = "import sys\nif 'pipeline.child' in ' '.join(sys.orig_argv):\n"
+    (plugin / "sitecustomize.py").write_text(head + lines)
+    close_shared_child()
+    with monkeypatch.context() as patch:
+        patch.setenv("PYTHONPATH", f"{plugin}:{os.environ.get('PYTHONPATH', '')}")
+        try:
+            yield
+        finally:
+            close_shared_child()

@@ -12,6 +12,7 @@ from broken_videos import (
     cut_index,
     cut_inside_a_picture,
     cut_pictures,
+    decoder_that,
     lose_index,
     noise,
     overstate_frames,
@@ -21,7 +22,6 @@ from broken_videos import (
 from conftest import COLOURS, scene_pictures, write_shots, write_video
 
 from pipeline import curate as curate_module
-from pipeline.child import close_shared_child
 from pipeline.curate import curate
 from pipeline.duplicate_table import read_duplicates
 from pipeline.schema import read_clips, read_dead_letters
@@ -123,21 +123,6 @@ def test_hours_of_a_still_picture_are_read_once_and_count_as_one_clip(
     duplicates = read_duplicates(open_store(tmp_path / "data")).to_pylist()
     marked = [row for row in duplicates if row["clip_id"] in still and row["duplicate"]]
     assert len(marked) == STATIC_S - 1
-
-
-@contextlib.contextmanager
-def decoder_that(monkeypatch, tmp_path, code):
-    """Decoder processes run `code` before anything else."""
-    plugin = tmp_path / "plugin"
-    plugin.mkdir()
-    lines = "\n".join(f"    {line}" for line in code.splitlines())
-    head = "import sys\nif 'pipeline.child' in ' '.join(sys.orig_argv):\n"
-    (plugin / "sitecustomize.py").write_text(head + lines)
-    close_shared_child()
-    with monkeypatch.context() as patch:
-        patch.setenv("PYTHONPATH", f"{plugin}:{os.environ.get('PYTHONPATH', '')}")
-        yield
-    close_shared_child()
 
 
 MISBEHAVING = """

@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 import torch
 
+from pipeline.captioners import SidecarCaptions
 from pipeline.captions import CaptionFileError, Cue, caption_for, parse_vtt, read_cues
 from pipeline.coca import CocaCaptioner
+from pipeline.sources import Source
 from streamdit.errors import UserError
 
 VTT = """WEBVTT - title
@@ -63,6 +65,9 @@ def test_caption_files(tmp_path, name, content, expected):
         ("broken.json", b'{"caption": '),
         ("other.json", b'{"title": "x"}'),
         ("number.json", b"7"),
+        ("numbers.json", b"[1, 2]"),
+        ("nested.json", b'{"captions": [["a cat"]]}'),
+        ("when.json", b'{"caption": "a", "start": [1]}'),
         ("time.vtt", b"WEBVTT\n\nab:cd --> 00:01.000\nhi\n"),
     ],
 )
@@ -71,6 +76,22 @@ def test_wrong_caption_files_are_named(tmp_path, name, content):
     path.write_bytes(content)
     with pytest.raises(CaptionFileError, match=name):
         read_cues(str(path))
+
+
+def test_whatever_is_wrong_with_a_caption_file_fails_the_captions_of_its_video_alone(tmp_path):
+    def describe(content):
+        sidecar = tmp_path / "a.json"
+        sidecar.write_bytes(content)
+        source = Source("id", str(tmp_path / "a.mp4"), 1, (str(sidecar),))
+        clip = {"clip_id": "c", "start_s": 0.0, "end_s": 1.0}
+        return SidecarCaptions().describe(source, [clip], {})["c"]
+
+    assert describe(b'"a cat"').text == "a cat"
+    for content in (b"[1, 2]", b"[" * 100_000):
+        caption = describe(content)
+        assert (caption.status, caption.text) == ("failed", "")
+        assert caption.error is not None
+        assert not caption.error.retryable
 
 
 def test_a_clip_takes_the_cue_that_covers_most_of_its_middle():

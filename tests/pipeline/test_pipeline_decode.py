@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from conftest import code_picture, read_code, write_video
 
+from pipeline import decode
 from pipeline.child import Child, ChildError
 from pipeline.clips import read_clip
 from pipeline.decode import (
@@ -68,6 +69,40 @@ def test_sparse_frames_are_those_on_screen_by_both_decoders(tmp_path, kind):
     for read in (read_sparse_decord, read_sparse_pyav):
         assert [read_code(p) for p in read(str(path), halfway, None)] == wanted
         assert [read_code(p) for p in read(str(path), [times[i] for i in wanted], 24)] == wanted
+
+
+def test_near_times_in_rising_order_take_one_seek(tmp_path, monkeypatch):
+    path = tmp_path / "video.mp4"
+    times = coded_video(path, "b-frames")
+    seeks, real = [], decode.frames_from
+
+    def counting(container, stream, time_s):
+        seeks.append(time_s)
+        return real(container, stream, time_s)
+
+    monkeypatch.setattr(decode, "frames_from", counting)
+    wanted = [3, 3, 20, 21, 60, 88, 40, 41, 0, 80]
+    found = read_sparse_pyav(str(path), [times[i] for i in wanted], None)
+    assert [read_code(picture) for picture in found] == wanted
+    assert seeks == [times[i] for i in (3, 40, 0, 80)]
+
+
+@pytest.mark.parametrize("container", ["mp4", "mkv"])
+def test_a_long_video_is_not_read_whole_for_a_few_frames(tmp_path, monkeypatch, container):
+    path = tmp_path / f"video.{container}"
+    times = coded_video(path, "constant")
+    used = []
+    for read in (read_sparse_decord, read_sparse_pyav):
+
+        def noting(*args, read=read):
+            used.append(read)
+            return read(*args)
+
+        monkeypatch.setattr(decode, read.__name__, noting)
+    for longest in (91, 89):
+        monkeypatch.setattr(decode, "DECORD_FRAMES", longest)
+        assert [read_code(p) for p in read_sparse(str(path), [times[7], times[70]], 24)] == [7, 70]
+    assert used == [read_sparse_decord, read_sparse_pyav]
 
 
 def test_sparse_frames_come_through_the_child_process(tmp_path):
@@ -145,6 +180,23 @@ def test_a_call_whose_process_is_killed_from_outside_runs_again(tmp_path):
         child.submit(abs, -3, deadline_s=30)
         assert child.result() is True
         assert child.result() == 3
+    finally:
+        child.close()
+
+
+GETS_ON = (
+    "[__import__('time').sleep({pause_s}) or __import__('pipeline.child').child.report_progress() "
+    "for _ in range({steps})][-1]"
+)
+
+
+def test_a_call_that_gets_on_may_take_longer_than_its_deadline():
+    child = Child()
+    try:
+        child.call(abs, -1, deadline_s=60)
+        assert child.call(eval, GETS_ON.format(steps=12, pause_s=0.25), deadline_s=1.0) is None
+        with pytest.raises(ChildError, match=r"DeadlineExceeded: eval took over 1 s"):
+            child.call(eval, GETS_ON.format(steps=2, pause_s=5), deadline_s=1.0)
     finally:
         child.close()
 

@@ -3,6 +3,7 @@
 import os
 
 import pytest
+from broken_videos import decoder_that
 from conftest import file_hashes, write_shots
 
 from pipeline import decoders
@@ -165,29 +166,85 @@ def test_another_autoencoder_is_refused_unless_latents_are_to_be_replaced(
     assert load_autoencoder(str(dataset / "autoencoder")).identity.sha256 == sha256
 
 
-def test_decoders_give_frames_in_order_and_end_when_closed(videos):
-    def row(name, start_s):
-        return {
-            "uri": str(videos / f"{name}.mp4"),
-            "start_s": start_s,
-            "frames": 8,
-            "fps": 16.0,
-            "height": 32,
-            "width": 32,
-        }
+def clip_row(videos, name, start_s):
+    return {
+        "source_id": name,
+        "uri": str(videos / f"{name}.mp4"),
+        "start_s": start_s,
+        "frames": 8,
+        "fps": 16.0,
+        "height": 32,
+        "width": 32,
+    }
 
-    rows = [row(name, 0.1 * i) for i in range(5) for name in ("red", "green", "blue")]
-    rows.insert(4, row("none", 0.0))
-    pool = decoders.DecoderPool(2, 3, 8 * 32 * 32 * 3, with_lead=False, deadline_s=60)
-    seen = 0
-    for clip, frames in pool.read(rows):
-        if clip["uri"].endswith("none.mp4"):
+
+def decoder_pool(decoders_, ahead, deadline_s):
+    size = 8 * 32 * 32 * 3
+    return decoders.DecoderPool(decoders_, ahead, size, with_lead=False, deadline_s=deadline_s)
+
+
+def test_decoders_give_frames_in_order_and_end_when_closed(videos):
+    rows = [clip_row(videos, name, 0.1 * i) for i in range(5) for name in ("red", "green", "blue")]
+    rows.insert(4, clip_row(videos, "none", 0.0))
+    pool = decoder_pool(2, 3, 60)
+    found = 0
+    blocked = {}
+    for (clip, frames), row in zip(pool.read(rows, blocked), rows, strict=True):
+        assert clip is row
+        if clip["source_id"] == "none":
             assert frames.error_class == "FileNotFoundError"
             continue
         expected = read_clip(clip["uri"], clip["start_s"], 8, 16.0, 32, 32)
         assert (frames == expected).all()
-        seen += 1
-    assert seen == 15
+        found += 1
+    assert found == 15
+    assert blocked == {}
     processes = [child.process for child in pool.children]
     pool.close()
     assert all(process.poll() is not None for process in processes)
+
+
+ONE_BAD_SOURCE = """
+import os, signal, time
+import pipeline.decoders as module
+real = module.read_clip
+def read_clip(uri, *rest):
+    if uri.endswith('red.mp4'):
+        open({tries!r}, 'a').write('x')
+        {deed}
+    return real(uri, *rest)
+module.read_clip = read_clip
+"""
+
+
+@pytest.mark.parametrize(
+    ("deed", "children", "error_class", "retryable", "tries"),
+    [
+        ("os.kill(os.getpid(), signal.SIGSEGV)", 1, "DecoderCrashed", False, 2),
+        ("os.kill(os.getpid(), signal.SIGKILL)", 1, "DecoderKilled", True, 2),
+        ("time.sleep(600)", 1, "DeadlineExceeded", False, 1),
+        ("time.sleep(600)", 2, "DeadlineExceeded", False, 2),
+    ],
+    ids=["crashes", "is killed", "hangs", "hangs two at once"],
+)
+def test_a_source_that_takes_its_decoder_along_is_not_tried_again_with_its_other_clips(
+    tmp_path, videos, monkeypatch, deed, children, error_class, retryable, tries
+):
+    rows = [clip_row(videos, "red", i / 16) for i in range(24)]
+    rows[4::6] = [clip_row(videos, "green", i / 16) for i in range(4)]
+    blocked = {}
+    code = ONE_BAD_SOURCE.format(tries=str(tmp_path / "tries"), deed=deed)
+    with decoder_that(monkeypatch, tmp_path, code):
+        pool = decoder_pool(children, 8, 10.0)
+        answers = []
+        for (clip, frames), row in zip(pool.read(rows, blocked), rows, strict=True):
+            assert clip is row
+            if clip["source_id"] == "green":
+                assert (frames == read_clip(clip["uri"], clip["start_s"], 8, 16.0, 32, 32)).all()
+            else:
+                answers.append((frames.error_class, frames.retryable))
+        again = {frames.error_class for _, frames in pool.read(rows[:4], blocked)}
+        pool.close()
+    assert answers == [(error_class, retryable)] + 19 * [("Quarantined", retryable)]
+    assert again == {"Quarantined"}
+    assert len((tmp_path / "tries").read_text()) == tries
