@@ -1,8 +1,8 @@
 """Every command and program in the documentation runs, in small, in the order of its page.
 
-A page says in `setup:` what lies in the folder that its blocks run in; README in a comment, which is
-not shown. The commands stand in the pages at their real size; here `streamdit` and `torchrun` are
-stand-ins that add settings which make models and clips tiny, and run the real thing.
+A page says in `setup:` what lies in the folder that its blocks run in; README in a comment, which
+is not shown. The commands stand in the pages at their real size; here `streamdit` and `torchrun`
+are stand-ins that add settings which make models and clips tiny, and run the real thing.
 """
 
 import itertools
