@@ -22,6 +22,10 @@ if TYPE_CHECKING:
 
 CONNECT_TIMEOUT_S = 5.0
 RECONNECT_AFTER_S = 2.0
+GIVE_UP_AFTER_S = 60.0
+"""How long a job server may be away before a follower lets go of the job."""
+NOT_FOUND = "status code 404"
+"""In the errors of Ray's client, which are all of one class."""
 DEFAULT_PORT = 8265
 ADDRESS_VARIABLE = "RAY_API_SERVER_ADDRESS"
 
@@ -131,8 +135,8 @@ def stop(client: JobSubmissionClient, job: str) -> bool:
         raise _unknown(job, error) from None
 
 
-def _unknown(job: str, error: RuntimeError) -> UserError:
-    if "404" in str(error):
+def _unknown(job: str, error: Exception) -> UserError:
+    if NOT_FOUND in str(error):
         return UserError(f"job {job} does not exist: `streamdit jobs list` names those that do")
     return UserError(f"the job server refuses: {_reason(error)}; try again, or read its logs")
 
@@ -141,22 +145,50 @@ def follow(client: JobSubmissionClient, job: str, write: Callable[[str], Any]) -
     """Write a job's log as it grows, until the job has ended.
 
     A connection that is lost is taken up again, where the log had been written to.
+
+    Raises:
+        UserError: if there is no such job, or the server stays away; the job goes on.
     """
+    from aiohttp import ClientError  # what brings the log; Ray hands its errors on
+
     written = 0
     while True:
         try:
             for text in _tail(client, job, skip=written):
                 written += len(text)
                 write(text)
-            found = details(client, job)
-        except (OSError, RuntimeError):  # a proxy that cuts long connections, or a network that is
-            time.sleep(RECONNECT_AFTER_S)
-            _check_reachable(client.get_address())
-            continue
-        if found.status.is_terminal():
-            for text in _rest(client, job, written):
-                write(text)
-            return found
+            found = client.get_job_info(job)
+            if found.status.is_terminal():
+                for text in _rest(client, job, written):
+                    write(text)
+                return found
+        # A proxy that cuts long connections, a forwarded port, a head that starts again.
+        except (OSError, RuntimeError, ClientError):
+            _wait_for_server(client, job)
+        time.sleep(RECONNECT_AFTER_S)
+
+
+def _wait_for_server(client: JobSubmissionClient, job: str) -> None:
+    """Return when the server tells of the job again.
+
+    Raises:
+        UserError: if it does not know the job, or stays away.
+    """
+    server = client.get_address()
+    deadline = time.monotonic() + GIVE_UP_AFTER_S
+    while True:
+        try:
+            _check_reachable(server)
+            client.get_job_info(job)
+            return
+        except (OSError, RuntimeError, UserError) as error:
+            if NOT_FOUND in str(error):
+                raise _unknown(job, error) from None
+            if time.monotonic() > deadline:
+                raise UserError(
+                    f"job server {server} has been away for {GIVE_UP_AFTER_S:.0f} s; {job} goes "
+                    f"on: follow it with `streamdit jobs logs {job} --follow --address {server}`"
+                ) from None
         time.sleep(RECONNECT_AFTER_S)
 
 

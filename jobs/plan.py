@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from distillation.config import DistillConfig
-from jobs.config import load_config
+from jobs.config import available_presets, load_config
 from jobs.console import format_bytes, format_flops, format_parameters
 from jobs.model_facts import describe, find_subject
 from jobs.options import ConfigFile, Overrides
@@ -46,6 +46,7 @@ class Assumptions:
     mfu: float
     fps: float
     caption_tokens: float
+    keep: float
     curate_rate: float
     annotate_rate: float
     encode_rate: float
@@ -74,8 +75,11 @@ def command(
     caption_tokens: Annotated[
         float, typer.Option("--caption-tokens", help="Mean tokens of a caption, per encoder.")
     ] = 64.0,
+    keep: Annotated[
+        float, typer.Option("--keep", help="Share of the video's seconds that clips keep.")
+    ] = 0.5,
     curate_rate: Annotated[
-        float, typer.Option("--curate-rate", help="Seconds of video curated per CPU second.")
+        float, typer.Option("--curate-rate", help="Seconds of raw video curated per CPU second.")
     ] = 10.0,
     annotate_rate: Annotated[
         float, typer.Option("--annotate-rate", help="Clips annotated per CPU second.")
@@ -112,6 +116,7 @@ def command(
         mfu=mfu,
         fps=fps,
         caption_tokens=caption_tokens,
+        keep=keep,
         curate_rate=curate_rate,
         annotate_rate=annotate_rate,
         encode_rate=encode_rate,
@@ -124,6 +129,8 @@ def command(
     for name, value in (*asdict(assumed).items(), ("clips", clips)):
         if value <= 0:
             raise UserError(f"{name} {value:g} is impossible: give a number above 0")
+    if keep > 1:
+        raise UserError(f"keep {keep:g} is impossible: give a share of at most 1")
     facts = plan(preset, config, overrides or [], clips, gpus, gpu, assumed)
     if as_json:
         typer.echo(json.dumps(facts, indent=2))
@@ -146,7 +153,8 @@ def plan(
         UserError: if the preset or the settings do not fit each other or the GPUs.
     """
     train = load_config(TrainConfig, stage="train", preset=preset, file=file, overrides=overrides)
-    distill = load_config(DistillConfig, stage="distill", preset="default")
+    same = preset if preset in available_presets("distill") else "default"
+    distill = load_config(DistillConfig, stage="distill", preset=same)
     micro, _ = train.accumulation(gpus)
     subject = find_subject(preset, file, overrides)
     run = replace(subject.run, world_size=gpus, micro_batch=micro)
@@ -168,12 +176,15 @@ def plan(
         "dataset": {
             "clips": clips,
             "video_s": video_s,
+            "raw_video_s": video_s / assumed.keep,
             "latent_bytes": clips * size.latent_bytes,
             "text_bytes": clips * size.text_bytes,
             "bytes": size.bytes,
             "shards": size.shards,
         },
-        "ingest_s": rates.seconds(video_s, clips, assumed.ingest_cpus, assumed.ingest_gpus),
+        "ingest_s": rates.seconds(
+            video_s / assumed.keep, clips, assumed.ingest_cpus, assumed.ingest_gpus
+        ),
         "stages": _stages(train, distill, bucket["flops_per_forward"], fleet),
         "memory": _memory(model, GPUS[gpu]),
         "network": _network(parameters, gpus, step),
@@ -266,7 +277,8 @@ def print_plan(facts: dict[str, Any]) -> None:
     out.print(_cost_table(facts))
     assumed = facts["assumed"]
     out.print(
-        f"Assumed, and better measured: MFU {assumed['mfu']:.0%}; "
+        f"Assumed, and better measured: MFU {assumed['mfu']:.0%}; clips keep "
+        f"{assumed['keep']:.0%} of the video; "
         f"{assumed['caption_tokens']:g} tokens per caption and encoder; per second, a CPU core "
         f"curates {assumed['curate_rate']:g} s of video and annotates "
         f"{assumed['annotate_rate']:g} clips, a GPU encodes {assumed['encode_rate']:g} clips; "
@@ -286,7 +298,8 @@ def _table(*headings: str) -> Table:
 def _data_table(facts: dict[str, Any]) -> Table:
     data, ingest, assumed = facts["dataset"], facts["ingest_s"], facts["assumed"]
     table = _table("data", "size", "made in")
-    table.add_row("video", f"{data['video_s'] / 3600:,.0f} h", "")
+    table.add_row("video", f"{data['raw_video_s'] / 3600:,.0f} h", "")
+    table.add_row("  of which in clips", f"{data['video_s'] / 3600:,.0f} h", "")
     cpus, gpus = f"{assumed['ingest_cpus']:,} CPU cores", f"{assumed['ingest_gpus']:,} GPUs"
     table.add_row("  curated", f"{data['clips']:,.0f} clips", _on(ingest["curate"], cpus))
     table.add_row("  annotated", "", _on(ingest["annotate"], cpus))

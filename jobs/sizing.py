@@ -149,7 +149,7 @@ class IngestRates:
     """Measured speeds of ingestion.
 
     Attributes:
-        curate: seconds of video that one CPU core curates in a second.
+        curate: seconds of raw video that one CPU core curates in a second.
         annotate: clips that one CPU core annotates in a second.
         encode: clips that one GPU encodes in a second.
     """
@@ -159,7 +159,14 @@ class IngestRates:
     encode: float
 
     def seconds(self, video_s: float, clips: float, cpus: int, gpus: int) -> dict[str, float]:
-        """Time of the three jobs, one after the other."""
+        """Time of the three jobs, one after the other.
+
+        Args:
+            video_s: seconds of video that are looked at, kept or not.
+            clips: that are kept.
+            cpus: cores that curate and annotate.
+            gpus: that encode.
+        """
         return {
             "curate": video_s / (self.curate * cpus),
             "annotate": clips / (self.annotate * cpus),

@@ -20,6 +20,7 @@ from jobs.console import console, format_bytes, say
 from jobs.errors import INTERRUPTED_STATUS
 from jobs.options import split_overrides
 from jobs.package import Package, collect
+from jobs.stores import VARIABLE, check_store, store_of_model
 from streamdit.errors import UserError
 
 if TYPE_CHECKING:
@@ -27,9 +28,6 @@ if TYPE_CHECKING:
 
 CONTEXT_SETTINGS = {"ignore_unknown_options": True}
 """The options of the job itself are passed on as they are."""
-
-FORWARDED = "MLFLOW_TRACKING_URI"
-"""Goes along unasked, so that the job records where the person who submits it looks."""
 
 
 class Job(StrEnum):
@@ -74,6 +72,21 @@ def command(
             "reaches the dashboard can read it: give secrets to the cluster instead.",
         ),
     ] = None,
+    cpus: Annotated[
+        float | None,
+        typer.Option(
+            "--cpus", min=0, help="CPUs that the command itself holds, beside its workers."
+        ),
+    ] = None,
+    gpus: Annotated[
+        float | None,
+        typer.Option(
+            "--gpus",
+            min=0,
+            help="GPUs likewise: it then runs on a node that has them, as `register` wants to for "
+            "its sample video.",
+        ),
+    ] = None,
     no_wait: Annotated[
         bool, typer.Option("--no-wait", help="Print the job's id and do not follow it.")
     ] = False,
@@ -87,10 +100,10 @@ def command(
     """
     client = connect(address)
     package = collect(working_dir, exclude or ())
-    words = job_arguments(job, list(arguments or []), package)
     variables = job_environment(env or [])
+    words = job_arguments(job, list(arguments or []), package, VARIABLE in variables)
     entrypoint = shlex.join(["python", "-m", f"jobs.{job.value}", *words])
-    identifier = submit(client, entrypoint, package, variables, job.value)
+    identifier = submit(client, entrypoint, package, variables, job.value, cpus, gpus)
     server = client.get_address()
     say(f"submitted {identifier}: {entrypoint}")
     say(f"sent {len(package.files):,} files, {format_bytes(package.size)}, of {package.root}")
@@ -107,8 +120,20 @@ def submit(
     package: Package,
     variables: dict[str, str],
     name: str,
+    cpus: float | None = None,
+    gpus: float | None = None,
 ) -> str:
-    """Send the package and start the job; returns the job's id."""
+    """Send the package and start the job; returns the job's id.
+
+    Args:
+        client: of the cluster's job server.
+        entrypoint: command line of the job.
+        package: working directory of the job.
+        variables: environment variables of the job.
+        name: what the dashboard calls it.
+        cpus: CPUs that the command itself holds; None: it runs on the head without any.
+        gpus: GPUs likewise.
+    """
     with tempfile.TemporaryDirectory() as folder, console.status("sending the working directory"):
         archive = package.write(Path(folder) / "package.zip")
         try:
@@ -117,6 +142,8 @@ def submit(
                     entrypoint=entrypoint,
                     runtime_env={"working_dir": str(archive), "env_vars": variables},
                     metadata={"job_submission_name": f"streamdit {name}"},
+                    entrypoint_num_cpus=cpus,
+                    entrypoint_num_gpus=gpus,
                 )
             )
         except RuntimeError as error:
@@ -160,23 +187,35 @@ def _write(text: str) -> None:
 def job_environment(wanted: Sequence[str]) -> dict[str, str]:
     """Environment variables of the job, from `NAME` or `NAME=VALUE`.
 
+    The MLflow store goes along unasked, so that the job records where the person who submits it
+    looks.
+
     Raises:
-        UserError: for a name that is not set here.
+        UserError: for a name that is not set here, or a store that the cluster does not reach.
     """
     variables = {}
-    tracking = os.environ.get(FORWARDED, "")
-    if tracking and not urlsplit(tracking).password:
-        variables[FORWARDED] = tracking
     for text in wanted:
         name, given, value = text.partition("=")
         if not given and name not in os.environ:
             raise UserError(f"--env {name}: it is not set here; set it, or write {name}=VALUE")
         variables[name] = value if given else os.environ[name]
+    tracking = os.environ.get(VARIABLE, "")
+    if tracking and VARIABLE not in variables and not urlsplit(tracking).password:
+        check_store(VARIABLE, tracking)
+        variables[VARIABLE] = tracking
     return variables
 
 
-def job_arguments(job: Job, words: list[str], package: Package) -> list[str]:
+def job_arguments(
+    job: Job, words: list[str], package: Package, has_store: bool = False
+) -> list[str]:
     """The words of a job's command line as the cluster is to run it, checked here.
+
+    Args:
+        job: which command.
+        words: what it was given here.
+        package: what goes along.
+        has_store: whether the job's environment names an MLflow store.
 
     Raises:
         UserError: for what would be lost or not found on the cluster.
@@ -195,15 +234,17 @@ def job_arguments(job: Job, words: list[str], package: Package) -> list[str]:
         if given is not None and Path(given).suffix in (".yaml", ".yml"):
             inside = file_in_package(option, Path(given), package)
             words = [_renamed(word, option, str(given), str(inside)) for word in words]
-    return words + _store_beside(job, words, context)
+    return words if has_store else words + _store_beside(job, words, context)
 
 
 def _paths(parser: Any, context: Any) -> Iterator[tuple[str, str]]:
     """Every path among a command's parameters, with what the command line calls it."""
     for parameter in parser.params:
         value = context.params.get(parameter.name)
-        if not value or parameter.name in ("config", "tracking_directory"):
+        if not value or parameter.name == "config":
             continue
+        if parameter.name == "tracking_directory" and _is_default(context, parameter.name):
+            continue  # takes the place that is chosen for it
         name = parameter.opts[0] if parameter.opts[0].startswith("-") else parameter.name
         if isinstance(value, Path) or parameter.name in ("dataset", "out"):
             yield name, str(value)
@@ -211,8 +252,18 @@ def _paths(parser: Any, context: Any) -> Iterator[tuple[str, str]]:
             yield from ((name, word.partition("=")[2]) for word in value)
         elif parameter.name == "arguments":  # of ingest: videos and KEY=VALUE
             yield from (("the input", word) for word in split_overrides(value)[0])
+        elif parameter.name == "overrides":
+            yield from (
+                (key, word)
+                for key, _, word in (override.partition("=") for override in value)
+                if key.endswith("tracking.directory")
+            )
         elif isinstance(value, str) and parameter.name == "autoencoder" and Path(value).exists():
             yield name, value
+
+
+def _is_default(context: Any, name: str) -> bool:
+    return bool(context.get_parameter_source(name).name == "DEFAULT")
 
 
 def check_path(name: str, path: str) -> None:
@@ -259,9 +310,8 @@ def _store_beside(job: Job, words: list[str], context: Any) -> list[str]:
     Its default is relative, so it would be deleted with the job.
     """
     if job == Job.REGISTER:
-        store = Path(context.params["model"]).parents[1] / "mlflow"
-        default = context.get_parameter_source("tracking_directory").name == "DEFAULT"
-        return ["--tracking-dir", str(store)] if default else []
+        given = context.params["tracking_uri"] or not _is_default(context, "tracking_directory")
+        return [] if given else store_of_model(Path(context.params["model"]))
     if job == Job.INGEST or any(word.startswith("tracking.directory=") for word in words):
         return []
     return [f"tracking.directory={Path(context.params['out']).parent / 'mlflow'}"]

@@ -30,6 +30,15 @@ def one_worker(monkeypatch):
 
 
 @pytest.fixture
+def hosts():
+    """Two hosts with addresses of their own, joined by a cable."""
+    from hosts import two_hosts
+
+    with two_hosts() as made:
+        yield made
+
+
+@pytest.fixture
 def s3(monkeypatch):
     """An S3 server on this machine, with one bucket."""
     import boto3

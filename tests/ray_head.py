@@ -32,6 +32,8 @@ def ray_head(folder: Path, cpus: int = 2, agent_port: int | None = None) -> Iter
     log = (folder / "head.log").open("w")
     # A short path: Ray's sockets lie below it, and their names have an end.
     temporary = Path("/tmp") / f"streamdit-ray-{dashboard}"
+    # Jobs are started by a shell, as `python`: theirs is the one of this environment.
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     process = subprocess.Popen(
         [
             # Beside this Python: its environment need not be on the PATH.
@@ -50,7 +52,7 @@ def ray_head(folder: Path, cpus: int = 2, agent_port: int | None = None) -> Iter
         ],
         stdout=log,
         stderr=subprocess.STDOUT,
-        env={**os.environ, "RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "PATH": path, "RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": "1"},
         start_new_session=True,
     )
     address = f"http://127.0.0.1:{dashboard}"

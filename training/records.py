@@ -6,11 +6,12 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from streamdit.files import replace_text
 from training.job import TrainJob
 from training.metrics import MetricsFile
-from training.tracking import ARTIFACTS, Tracker, make_client
+from training.tracking import ARTIFACTS, Tracker, make_client, tracking_uri
 
 RUN_FILE = "mlflow-run.json"
 OUTBOX = "mlflow-outbox.jsonl"
@@ -51,6 +52,9 @@ class Records:
             outbox=Path(job.out) / OUTBOX,
         )
         known = {"run_id": self._tracker.run_id, "fingerprint": job.fingerprint()}
+        uri = tracking_uri(job.config.tracking)
+        if not urlsplit(uri).password:
+            known["tracking_uri"] = uri
         replace_text(Path(job.out) / RUN_FILE, json.dumps(known) + "\n")
 
     @property

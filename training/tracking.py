@@ -97,10 +97,15 @@ def connect(config: TrackingConfig) -> tuple[Any, str]:
 
 def git_revision() -> str | None:
     """Revision of the checkout that the code runs from, or None outside one."""
-    folder = Path(__file__).parent
-    result = subprocess.run(
-        ["git", "-C", str(folder), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-    )
+    root = Path(__file__).parents[1]
+    # Installed, the code may lie in an environment inside a repository that is somebody else's.
+    if not (root / ".git").exists():
+        return None
+    command = ["git", "-C", str(root), "rev-parse", "HEAD"]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError:  # images need no git
+        return None
     return result.stdout.strip() or None if result.returncode == 0 else None
 
 

@@ -1,10 +1,11 @@
 """Every command and program in the documentation runs, in small, in the order of its page.
 
-A page says in `setup:` what lies in the folder that its blocks run in. The commands stand in the
-pages at their real size; here `streamdit` and `torchrun` are stand-ins that add settings which make
-models and clips tiny, and run the real thing.
+A page says in `setup:` what lies in the folder that its blocks run in; README in a comment, which
+is not shown. The commands stand in the pages at their real size; here `streamdit` and `torchrun`
+are stand-ins that add settings which make models and clips tiny, and run the real thing.
 """
 
+import itertools
 import os
 import re
 import shutil
@@ -23,7 +24,7 @@ from ray_head import ray_head
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
-PAGES = sorted(path for path in DOCS.rglob("*.md"))
+PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
 NOT_RUN = re.compile(r"<!-- not run: (.+) -->\s*$")
 
 MODEL = (
@@ -90,7 +91,7 @@ def blocks(page):
 
 
 def setup_of(page):
-    match = re.match(r"---\n(.*?)\n---\n", page.read_text(), re.DOTALL)
+    match = re.match(r"(?:---\n|<!-- )(.*?)(?:\n---| -->)\n", page.read_text(), re.DOTALL)
     return yaml.safe_load(match.group(1)).get("setup", []) if match else []
 
 
@@ -99,9 +100,20 @@ RUNNABLE = [page for page in PAGES if any(block.excuse is None for block in bloc
 
 def test_pages_are_found_and_reasons_are_given():
     assert len(RUNNABLE) > 5
+    assert ROOT / "README.md" in RUNNABLE
     for page in PAGES:
         for block in blocks(page):
             assert block.excuse is None or len(block.excuse) > 10, f"{page}:{block.line}"
+
+
+def test_rows_of_a_table_follow_each_other():
+    """After a blank line a row is a paragraph, with its bars shown."""
+    for page in PAGES:
+        lines = page.read_text().splitlines()
+        for number, (above, line) in enumerate(itertools.pairwise(lines), 2):
+            if line.startswith("|") and not above.strip():
+                below = lines[number] if number < len(lines) else ""
+                assert re.match(r"\|[-:| ]+\|$", below), f"{page}:{number}: no head of a table"
 
 
 def test_commands_that_are_not_run_exist_with_their_options():
@@ -202,7 +214,7 @@ def store_with_videos(work, stack):
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("page", RUNNABLE, ids=lambda p: p.relative_to(DOCS).as_posix())
+@pytest.mark.parametrize("page", RUNNABLE, ids=lambda p: p.relative_to(ROOT).as_posix())
 def test_blocks_of_a_page_run_in_order(page, tmp_path, stand_ins):
     work = tmp_path / "work"
     work.mkdir()

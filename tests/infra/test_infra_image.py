@@ -79,7 +79,11 @@ def test_requirements_are_read_off_the_project(tmp_path):
     command = command.replace("python -c", f"{sys.executable} -c")
     subprocess.run(["bash", "-c", command], cwd=tmp_path, check=True)
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    wanted = project["dependencies"] + project["optional-dependencies"]["tracking-server"]
+    extras = project["optional-dependencies"]
+    wanted = [
+        *project["dependencies"],
+        *(extras["tracking-server"] + extras["ocr"] + extras["transnet"]),
+    ]
     assert (tmp_path / "requirements.txt").read_text().splitlines() == wanted
 
 

@@ -143,6 +143,40 @@ def test_every_pod_mounts_the_claimed_shared_volume():
             assert mounts == {"shared": "/mnt/streamdit", "shm": "/dev/shm"}
 
 
+def size_in_bytes(text):
+    units = {"Gi": 2**30, "Mi": 2**20}
+    return int(text[:-2]) * units[text[-2:]]
+
+
+def test_object_store_fits_into_shared_memory():
+    from ray._private import ray_constants
+
+    for pod in pod_specs():
+        volumes = {volume["name"]: volume for volume in pod["volumes"]}
+        shared = size_in_bytes(volumes["shm"]["emptyDir"]["sizeLimit"])
+        (container,) = pod["containers"]
+        memory = size_in_bytes(container["resources"]["limits"]["memory"])
+        # What Ray takes unless it is told; it leaves /dev/shm for a disk if that is smaller.
+        most = max(ray_constants.REQUIRE_SHM_SIZE_THRESHOLD, 0.95 * shared)
+        store = ray_constants.DEFAULT_OBJECT_STORE_MEMORY_PROPORTION * memory
+        assert min(store, most) <= shared < memory
+
+
+def test_what_is_fetched_from_hubs_is_kept_on_the_shared_volume():
+    for pod in pod_specs():
+        for container in pod["containers"]:
+            variables = {entry["name"]: entry["value"] for entry in container["env"]}
+            assert set(variables) == {"HF_HOME", "TORCH_HOME"}
+            assert all(value.startswith("/mnt/streamdit/") for value in variables.values())
+
+
+def test_registering_makes_its_sample_on_a_node_with_a_gpu():
+    assert documents(JOBS["register"])[0]["spec"]["entrypointNumGpus"] == 1
+    # The drivers of the other jobs only wait: the head, which has no GPU, will do.
+    for name in set(JOBS) - {"register"}:
+        assert "entrypointNumGpus" not in documents(JOBS[name])[0]["spec"]
+
+
 def pools():
     """Per worker group: the group, and the CPUs and GPUs of its nodes that are always up."""
     found = {}

@@ -44,6 +44,19 @@ def test_every_image_has_a_version():
         assert not image.endswith(":latest")
 
 
+def test_image_that_the_project_makes_is_built_where_there_is_none():
+    own = {name for name, service in services().items() if "STREAMDIT_IMAGE" in service["image"]}
+    assert own == {"bucket", "server"}
+    for name, service in services().items():
+        assert ("build" in service) == (name in own)
+    for name in own:
+        build = services()[name]["build"]
+        context = (FOLDER / build["context"]).resolve()
+        assert (context / "pyproject.toml").is_file()
+        recipe = (context / build["dockerfile"]).read_text()
+        assert re.search(rf"^FROM \S+ AS {build['target']}$", recipe, re.MULTILINE)
+
+
 def test_secrets_come_from_the_environment_only():
     text = COMPOSE.read_text()
     for name in ("POSTGRES_PASSWORD", "AWS_SECRET_ACCESS_KEY", "AWS_ACCESS_KEY_ID"):

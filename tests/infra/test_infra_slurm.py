@@ -29,10 +29,14 @@ def slurm(tmp_path):
         path.chmod(0o755)
 
     executable(tmp_path / "bin" / "scontrol", "printf 'node7\\nnode8\\n'")
-    executable(tmp_path / "bin" / "srun", 'shift; exec "$@"')
+    executable(
+        tmp_path / "bin" / "srun",
+        'export SLURM_CPUS_PER_TASK="$SRUN_CPUS_PER_TASK"; shift; exec "$@"',
+    )
     executable(
         tmp_path / "venv" / "bin" / "torchrun",
-        'echo "$OMP_NUM_THREADS"; echo "$TORCH_ELASTIC_SHUTDOWN_TIMEOUT"; printf "%s\\n" "$@"',
+        'echo "$OMP_NUM_THREADS"; echo "$TORCH_ELASTIC_SHUTDOWN_TIMEOUT"; '
+        'echo "$SLURM_CPUS_PER_TASK"; printf "%s\\n" "$@"',
     )
 
     def run(*arguments, **environment):
@@ -59,7 +63,7 @@ def slurm(tmp_path):
 def test_every_node_meets_at_the_first_one_and_passes_the_arguments_on(slurm):
     result = slurm("/data/my videos", "--out", "/runs/a", "steps=10")
     assert result.returncode == 0, result.stderr
-    assert result.stdout.splitlines()[2:] == [
+    assert result.stdout.splitlines()[3:] == [
         "--nnodes=2",
         "--nproc-per-node=8",
         "--rdzv-backend=c10d",
@@ -72,6 +76,16 @@ def test_every_node_meets_at_the_first_one_and_passes_the_arguments_on(slurm):
         "/runs/a",
         "steps=10",
     ]
+
+
+def test_srun_gives_the_cores_that_the_job_has(slurm):
+    assert slurm("/data").stdout.splitlines()[2] == "64"
+    assert slurm("/data", SLURM_CPUS_PER_TASK="").stdout.splitlines()[2] == "1"
+
+
+def test_distillation_runs_by_its_name(slurm):
+    said = slurm("/data", "--teacher", "/t", STREAMDIT_JOB="distill").stdout.splitlines()
+    assert said[-5:] == ["-m", "jobs.distill", "/data", "--teacher", "/t"]
 
 
 def test_node_without_gpu_runs_one_process_with_all_its_cores(slurm):
@@ -93,7 +107,11 @@ def test_requeued_job_does_not_join_the_rendezvous_of_its_first_life(slurm):
 
 @pytest.mark.parametrize(
     ("arguments", "environment", "reason"),
-    [((), {}, "no dataset given"), (("/data",), {"STREAMDIT_VENV": "/nowhere"}, "no torchrun")],
+    [
+        ((), {}, "no dataset given"),
+        (("/data",), {"STREAMDIT_VENV": "/nowhere"}, "no torchrun"),
+        (("/data",), {"STREAMDIT_JOB": "ingest"}, "set it to train or distill"),
+    ],
 )
 def test_what_is_missing_is_said_in_one_line(slurm, arguments, environment, reason):
     result = slurm(*arguments, **environment)

@@ -4,23 +4,30 @@ import io
 import socket
 from types import SimpleNamespace
 
+import aiohttp
 import pytest
 import typer
 from ray.job_submission import JobStatus
 
 from jobs import cluster
 from jobs.submit import follow_to_its_end
+from streamdit.errors import UserError
 
 LOG = "one\ntwo\nthree\n"
+CLOSED = RuntimeError("WebSocket connection closed unexpectedly with close code 1006")
 
 
 class Client:
-    """A job server of which every connection breaks after some more of the log."""
+    """A job server of which every connection breaks after some more of the log.
 
-    def __init__(self, address, breaks_after=(), status=JobStatus.SUCCEEDED):
+    After each break it is away for as many questions as `away` says.
+    """
+
+    def __init__(self, address, breaks_after=(), status=JobStatus.SUCCEEDED, error=CLOSED, away=0):
         self.address = address
         self.breaks = list(breaks_after)
         self.status = status
+        self.error, self.away, self.questions = error, away, 0
         self.stopped = []
 
     def get_address(self):
@@ -31,11 +38,15 @@ class Client:
         for start in range(0, len(LOG[:end]), 3):  # the server tells from the beginning each time
             yield LOG[:end][start : start + 3]
         if end is not None:
-            raise RuntimeError("WebSocket connection closed unexpectedly with close code 1006")
+            self.questions = self.away
+            raise self.error
 
     def get_job_info(self, job):
         if job != "job":
             raise RuntimeError("Request failed with status code 404: job nope does not exist.")
+        if self.questions:
+            self.questions -= 1
+            raise RuntimeError("Request failed with status code 502: Bad Gateway")
         return SimpleNamespace(status=self.status, driver_exit_code=3, message="why")
 
     def get_job_logs(self, job):
@@ -62,6 +73,40 @@ def test_log_is_written_once_whatever_breaks(address, breaks):
     written = []
     cluster.follow(Client(address, breaks), "job", written.append)
     assert "".join(written) == LOG
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        aiohttp.ServerDisconnectedError(),
+        aiohttp.ClientPayloadError("Response payload is not completed"),
+        ConnectionResetError("Connection reset by peer"),
+        TimeoutError(),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_log_goes_on_whatever_error_a_lost_connection_is(address, error):
+    written = []
+    client = Client(address, (4, 9), error=error, away=3)
+    cluster.follow(client, "job", written.append)
+    assert "".join(written) == LOG
+
+
+def test_server_that_stays_away_ends_the_following_and_says_that_the_job_goes_on(
+    address, monkeypatch
+):
+    monkeypatch.setattr(cluster, "GIVE_UP_AFTER_S", 0.2)
+    written = []
+    with pytest.raises(UserError) as caught:
+        cluster.follow(Client(address, (4,), away=10**9), "job", written.append)
+    assert f"job server {address} has been away" in str(caught.value)
+    assert "job goes on: follow it with `streamdit jobs logs job --follow" in str(caught.value)
+    assert "".join(written) == LOG[:4]
+
+
+def test_job_that_a_server_has_forgotten_is_said(address):
+    with pytest.raises(UserError, match=r"^job nope does not exist"):
+        cluster.follow(Client(address, (4,)), "nope", lambda text: None)
 
 
 @pytest.mark.parametrize(

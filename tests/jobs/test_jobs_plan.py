@@ -131,6 +131,28 @@ def test_measured_rates_replace_what_is_assumed():
     assert fast["checkpoint"]["save_s"] == slow["checkpoint"]["save_s"] / 2
 
 
+def test_curating_looks_at_all_video_and_the_rest_only_at_what_is_kept():
+    half, tenth = facts("--keep", "0.5"), facts("--keep", "0.1")
+    assert half["dataset"]["video_s"] == tenth["dataset"]["video_s"] == 2.6e6 * 4
+    assert half["dataset"]["raw_video_s"] == 2.6e6 * 4 / 0.5
+    # 20.8e6 s at 10 s per second of each of 512 cores.
+    assert half["ingest_s"]["curate"] == pytest.approx(20.8e6 / (10 * 512))
+    assert tenth["ingest_s"]["curate"] == pytest.approx(5 * half["ingest_s"]["curate"])
+    assert tenth["ingest_s"]["annotate"] == half["ingest_s"]["annotate"]
+    assert tenth["ingest_s"]["encode"] == half["ingest_s"]["encode"]
+
+
+def test_distillation_is_that_of_the_preset_or_the_papers():
+    from distillation.config import DistillConfig
+    from jobs.config import load_config
+
+    for preset, gpus in (("small", "8"), ("streamdit-4b", "64")):
+        config = load_config(DistillConfig, stage="distill", preset=preset)
+        settings = ("global_batch=64",) if preset == "small" else ()
+        stage = facts("--preset", preset, "--gpus", gpus, *settings)["stages"][-1]
+        assert (stage["steps"], stage["batch"]) == (config.steps, config.global_batch)
+
+
 def test_more_gpus_than_clips_in_a_batch_is_said():
     result = CliRunner().invoke(app, ["plan", "--gpus", "96"])
     assert result.exit_code == 2
@@ -143,6 +165,7 @@ def test_more_gpus_than_clips_in_a_batch_is_said():
         (["--gpu", "abacus"], "--gpu abacus is not known: choose one of"),
         (["--mfu", "0"], "mfu 0 is impossible"),
         (["--clips", "-1"], "clips -1 is impossible"),
+        (["--keep", "1.5"], "keep 1.5 is impossible: give a share of at most 1"),
         (["--preset", "huge"], "preset 'huge' does not exist"),
     ],
 )

@@ -1,5 +1,6 @@
 """What `streamdit submit` sends, and what it refuses before anything is sent."""
 
+import json
 import os
 import socket
 import time
@@ -33,8 +34,52 @@ def test_a_chosen_store_is_left_alone():
     assert words(Job.REGISTER, *given) == list(given)
 
 
-def test_registering_uses_the_store_that_training_used():
-    assert words(Job.REGISTER, "/mnt/runs/a/model")[-1] == "/mnt/runs/mlflow"
+def test_registering_uses_the_store_that_training_used(tmp_path, capsys):
+    assert words(Job.REGISTER, "/mnt/runs/a/model")[-2:] == ["--tracking-dir", "/mnt/runs/mlflow"]
+    assert "registers in /mnt/runs/mlflow" in capsys.readouterr().err
+    assert words(Job.REGISTER, "/model")[-1] == "/mlflow"
+    run = tmp_path / "recipe" / "stage"
+    run.mkdir(parents=True)
+    record = {"run_id": "a", "tracking_uri": f"sqlite:///{tmp_path}/mlflow/mlflow.db"}
+    (run / "mlflow-run.json").write_text(json.dumps(record))
+    capsys.readouterr()
+    found = words(Job.REGISTER, str(run / "model"))[-2:]
+    assert found == ["--tracking-uri", f"sqlite:///{tmp_path}/mlflow/mlflow.db"]
+    assert capsys.readouterr().err == ""
+    given = (str(run / "model"), "--tracking-uri", "http://mlflow:5000")
+    assert words(Job.REGISTER, *given) == list(given)
+    given = [str(run / "model")]
+    assert job_arguments(Job.REGISTER, given, PACKAGE, has_store=True) == given
+
+
+@pytest.mark.parametrize(
+    ("uri", "place"),
+    [
+        ("sqlite:///runs/mlflow.db", "a file of this machine"),
+        ("sqlite:////home/me/mlflow.db", "a file of this machine"),
+        ("file:///home/me/mlruns", "a file of this machine"),
+        ("./mlruns", "a folder of this machine"),
+        ("http://localhost:5000", "an address of this machine alone"),
+        ("http://127.0.0.1:5000", "an address of this machine alone"),
+        ("http://[::1]:5000", "an address of this machine alone"),
+        ("postgresql://localhost/mlflow", "an address of this machine alone"),
+    ],
+)
+def test_store_that_the_cluster_does_not_reach_goes_along_only_if_asked(uri, place, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    with pytest.raises(UserError) as caught:
+        job_environment([])
+    assert str(caught.value).startswith(f"MLFLOW_TRACKING_URI {uri} is {place}")
+    assert "--env MLFLOW_TRACKING_URI=http://HOST:5000" in str(caught.value)
+    assert job_environment(["MLFLOW_TRACKING_URI"]) == {"MLFLOW_TRACKING_URI": uri}
+    asked = job_environment(["MLFLOW_TRACKING_URI=http://mlflow:5000"])
+    assert asked == {"MLFLOW_TRACKING_URI": "http://mlflow:5000"}
+
+
+def test_databricks_is_a_store_that_the_cluster_reaches(monkeypatch):
+    for uri in ("databricks", "databricks://profile"):
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+        assert job_environment([]) == {"MLFLOW_TRACKING_URI": uri}
 
 
 @pytest.mark.parametrize(
@@ -49,7 +94,13 @@ def test_registering_uses_the_store_that_training_used():
             "--data d",
         ),
         (Job.DISTILL, ("/mnt/data", "--out", "/mnt/a"), "--teacher runs/train/model"),
+        (
+            Job.TRAIN,
+            ("/d", "--out", "/o", "tracking.directory=runs/m"),
+            "tracking.directory runs/m",
+        ),
         (Job.REGISTER, ("model",), "model model"),
+        (Job.REGISTER, ("/m", "--tracking-dir", "runs/mlflow"), "--tracking-dir runs/mlflow"),
         (Job.INGEST, ("videos", "--out", "/mnt/data"), "the input videos"),
         (Job.INGEST, ("/mnt/videos", "clip.frames=8"), "--out data"),
     ],

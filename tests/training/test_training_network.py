@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -47,51 +46,15 @@ train_loop(
 """
 
 
-def ip(*arguments):
-    subprocess.run(["ip", *arguments], check=True, capture_output=True, text=True)
-
-
-@pytest.fixture
-def hosts():
-    """Two namespaces with a network card each, and their addresses."""
-    if shutil.which("ip") is None:
-        pytest.skip("needs the command ip (iproute2) to make network namespaces")
-    names = [f"host-{os.getpid()}-{index}" for index in (0, 1)]
-    made = []
-    try:
-        for name in names:
-            ip("netns", "add", name)
-            made.append(name)
-        cable = ["link", "add", "card0", "netns", names[0], "type", "veth"]
-        ip(*cable, "peer", "name", "card1", "netns", names[1])
-        for index, name in enumerate(names):
-            inside = ["-n", name]
-            ip(*inside, "address", "add", f"10.231.7.{index + 1}/24", "dev", f"card{index}")
-            ip(*inside, "link", "set", f"card{index}", "up")
-            ip(*inside, "link", "set", "lo", "up")
-    except subprocess.CalledProcessError as error:
-        remove(made)
-        pytest.skip(f"network namespaces cannot be made here: {error.stderr.strip()}")
-    yield [(name, f"10.231.7.{index + 1}") for index, name in enumerate(names)]
-    remove(made)
-
-
-def remove(names):
-    for name in names:
-        subprocess.run(["ip", "netns", "delete", name], check=False)
-
-
 def start(host, rank, master, script, arguments):
     command = [
-        *("ip", "netns", "exec", host, sys.executable, "-m", "torch.distributed.run"),
+        *(sys.executable, "-m", "torch.distributed.run"),
         *("--nnodes=2", "--nproc-per-node=1", f"--node-rank={rank}"),
-        *(f"--master-addr={master}", "--master-port=29511", str(script), arguments),
+        *(f"--master-addr={master.address}", "--master-port=29511", script, arguments),
     ]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     environment.pop("GLOO_SOCKET_IFNAME", None)
-    return subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    return host.start(*command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
 @pytest.mark.slow
@@ -101,15 +64,12 @@ def test_workers_on_two_hosts_meet_over_the_cards_that_join_them(hosts, tmp_path
     script.write_text(WORKER)
     settings = train_settings(tracking={"directory": str(tmp_path / "mlflow")})
     arguments = json.dumps([settings, str(dataset), str(out)])
-    (_, master), _ = hosts
-    processes = [
-        start(name, rank, master, script, arguments) for rank, (name, _) in enumerate(hosts)
-    ]
+    processes = [start(host, rank, hosts[0], script, arguments) for rank, host in enumerate(hosts)]
     said = [process.communicate(timeout=300)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], said
     assert json.loads((tmp_path / "run.json").read_text()) == [
-        {"rank": rank, "interface": f"card{rank}", "address": address}
-        for rank, (_, address) in enumerate(hosts)
+        {"rank": rank, "interface": host.card, "address": host.address}
+        for rank, host in enumerate(hosts)
     ]
     steps = [row["step"] for row in read_metrics(out / "metrics.jsonl") if "loss" in row]
     assert steps == [1, 2, 3, 4, 5, 6]

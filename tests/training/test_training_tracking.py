@@ -17,7 +17,7 @@ from streamdit.errors import UserError
 from training.config import TrackingConfig
 from training.outbox import Outbox
 from training.run import Run
-from training.tracking import Tracker, _is_permanent, connect
+from training.tracking import Tracker, _is_permanent, connect, git_revision
 
 
 class Server:
@@ -255,6 +255,19 @@ def free_port():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+def test_revision_is_that_of_the_own_checkout_or_none(tmp_path, monkeypatch):
+    git = ("git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b")
+    for words in (["init"], ["commit", "--allow-empty", "--message=first"]):
+        subprocess.run([*git, *words], check=True, capture_output=True)
+    for folder, found in (("training", True), ("env/lib/training", False)):  # the latter: installed
+        monkeypatch.setattr("training.tracking.__file__", str(tmp_path / folder / "tracking.py"))
+        (tmp_path / folder).mkdir(parents=True)
+        assert (git_revision() is not None) == found
+    monkeypatch.setattr("training.tracking.__file__", str(tmp_path / "training" / "tracking.py"))
+    monkeypatch.setenv("PATH", "")  # as in an image without git
+    assert git_revision() is None
 
 
 def test_an_unreachable_store_is_one_line_before_the_run_starts(tmp_path):
