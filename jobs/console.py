@@ -75,17 +75,25 @@ def _live_bar(title: str) -> Iterator[OnProgress]:
 def _plain_lines(title: str, unit: str) -> OnProgress:
     started = time.monotonic()
     last_printed = -PLAIN_INTERVAL_S
+    first: tuple[int, float] | None = None
 
     def on_progress(done: int, total: int, counters: Mapping[str, float]) -> None:
-        nonlocal last_printed
+        nonlocal last_printed, first
         elapsed = time.monotonic() - started
+        first = first or (done, elapsed)
         if elapsed - last_printed < PLAIN_INTERVAL_S and done < total:
             return
         last_printed = elapsed
         parts = (f"{title}: {done}/{total} {unit}", format_duration(elapsed))
-        say("  ".join(part for part in (*parts, format_counters(counters)) if part))
+        left = _time_left(done - first[0], total - done, elapsed - first[1])
+        say("  ".join(part for part in (*parts, left, format_counters(counters)) if part))
 
     return on_progress
+
+
+def _time_left(done: int, left: int, elapsed_s: float) -> str:
+    """How long what is left takes at the speed of this run, where there is one yet."""
+    return f"about {format_duration(elapsed_s / done * left)} left" if done and left else ""
 
 
 def format_counters(counters: Mapping[str, float]) -> str:

@@ -92,7 +92,12 @@ def annotate(
     ]
     constructor = {"dataset_dir": store.root, "config": config}
     results = run_units(
-        tasks, AnnotateUnit, constructor=constructor, workers=config.workers, cpus=config.threads
+        tasks,
+        AnnotateUnit,
+        constructor=constructor,
+        workers=config.workers,
+        cpus=config.threads,
+        gpus=config.annotate.gpus,
     )
     limit = DeadLimit(store, STAGE, config.limits)
     totals = run_stage(list(wanted), done, results, on_progress, limit)
@@ -113,6 +118,7 @@ def annotate_settings(config: IngestConfig) -> dict[str, Any]:
         "revision": REVISION,
         "captions": config.captions.content,
         "scores": config.scores.content,
+        "device": "gpu" if config.annotate.gpus else "cpu",
         "threads": config.threads,
     }
 
@@ -149,8 +155,8 @@ class AnnotateUnit:
         torch.set_num_threads(config.threads)
         self.store = open_store(dataset_dir)
         self.config = config
-        self.captioner: Captioner = build_captioner(config.captions)
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = "cuda" if config.annotate.gpus else "cpu"
+        self.captioner: Captioner = build_captioner(config.captions, device)
         self.scores = PictureScores(config.scores, config.threads, device)
 
     def __call__(self, row: Row) -> Iterable[Row]:

@@ -95,10 +95,7 @@ class CocaCaptions:
 
     reads_pictures = True
 
-    def __init__(self, config: CaptionConfig) -> None:
-        import torch
-
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    def __init__(self, config: CaptionConfig, device: str = "cpu") -> None:
         self.coca = CocaCaptioner(
             config.model, config.pretrained, config.batch, config.max_tokens, device
         )
@@ -147,14 +144,14 @@ def _ids(clips: Sequence[Clip]) -> list[str]:
     return [clip["clip_id"] for clip in clips]
 
 
-def build_captioner(config: CaptionConfig) -> Captioner:
-    """The configured captioner, its model loaded.
+def build_captioner(config: CaptionConfig, device: str = "cpu") -> Captioner:
+    """The configured captioner, its model loaded on `device`.
 
     Raises:
         UserError: if the model or endpoint cannot be used.
     """
     if config.captioner == "coca":
-        return CocaCaptions(config)
+        return CocaCaptions(config, device)
     if config.captioner == "endpoint":
         return EndpointCaptions(config)
     return SidecarCaptions()

@@ -148,6 +148,13 @@ class ScoreConfig(StrictModel):
         return self.model_dump(mode="json", exclude={"duplicate_bits"})
 
 
+class AnnotateConfig(StrictModel):
+    """How the models for captions and scores run."""
+
+    gpus: float = Field(default=0.0, ge=0.0)
+    """GPUs held by an actor with these models, fractions allowed; 0 runs them on the CPU."""
+
+
 class SelectionConfig(StrictModel):
     """Which clips are trained on."""
 
@@ -199,6 +206,8 @@ class DecodeConfig(StrictModel):
     dead letter."""
     salvage: bool = False
     """Take the good beginning of a video that is damaged or cut off, instead of none of it."""
+    still: bool = False
+    """Take videos in which nothing ever moves too; otherwise each is a dead letter."""
 
 
 class LimitsConfig(StrictModel):
@@ -221,6 +230,8 @@ class IngestConfig(StrictModel):
     """Captions."""
     scores: ScoreConfig = ScoreConfig()
     """Scores by models."""
+    annotate: AnnotateConfig = AnnotateConfig()
+    """Where these models run."""
     text_encoders: tuple[TextEncoderConfig, ...] = Field(
         default=(TextEncoderConfig(name="bytes", kind="bytes", width=256, max_tokens=64),),
         min_length=1,

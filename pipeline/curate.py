@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -27,12 +28,13 @@ from pipeline.schema import CLIP_SCHEMA, SOURCE_SCHEMA, FileRecord, read_dead_le
 from pipeline.settings import adopt_settings
 from pipeline.shards import file_name, read_rows, write_table
 from pipeline.sources import Listing, Source, list_sources
+from pipeline.storage import is_s3
 from pipeline.store import DatasetPath, Store, open_store
 from pipeline.survey import survey
 from streamdit.errors import UserError
 
-STAGE = "curate"
-REVISION = 2
+STAGE, LIST = "curate", "list"
+REVISION = 3
 """Raised when this code changes what it writes, so that old units are done again."""
 
 
@@ -86,14 +88,17 @@ def curate(
     (settings,) = adopt_settings(
         store, {STAGE: curate_settings(config)}, config, replace=replace
     ).values()
-    write_dead_letters(store, "list", LISTING, _unreadable(listing))
+    letters = _unreadable(listing)
+    write_dead_letters(store, LIST, LISTING, [*letters, *_earlier_letters(store, inputs, listing)])
+    found = {"inputs": len(listing.sources) + len(letters), "lost": len(letters)}
+    DeadLimit(store, LIST, config.limits).check(found)
     units = extend_plan(store, listing.sources, config.unit_sources)
     totals = curate_units(store, units, config, settings, on_progress, retry_dead)
     summary = CurateSummary(
         sources=int(totals.get("sources", 0)),
         clips=int(totals.get("clips", 0)),
         duplicates=int(totals.get("duplicates", 0)),
-        dead=int(totals.get("dead", 0)) + len(listing.dead),
+        dead=int(totals.get("dead", 0)) + len(letters),
         video_s=totals.get("video_s", 0.0),
         skipped=dict(sorted(listing.skipped.items())),
         units=len(units),
@@ -133,7 +138,8 @@ def curate_units(
 def curate_settings(config: IngestConfig) -> dict[str, Any]:
     """Everything that the files of a curated unit depend on, apart from its sources."""
     values = config.model_dump(
-        mode="json", include={"clip": True, "scenes": True, "threads": True, "decode": {"salvage"}}
+        mode="json",
+        include={"clip": True, "scenes": True, "threads": True, "decode": {"salvage", "still"}},
     )
     return {"revision": REVISION, **values}
 
@@ -218,6 +224,7 @@ def survey_in_child(
         config.clip,
         config.scenes,
         config.decode.salvage,
+        config.decode.still,
         deadline_s=config.decode.deadline_s,
     )
 
@@ -240,12 +247,26 @@ def _unreadable(listing: Listing) -> list[DeadLetter]:
         DeadLetter(
             source_id=None,
             uri=uri,
-            stage="list",
+            stage=LIST,
             error_class=error_class,
             message=message,
             retryable=retryable,
         )
         for uri, error_class, message, retryable in listing.dead
+    ]
+
+
+def _earlier_letters(store: Store, inputs: Sequence[str], listing: Listing) -> list[DeadLetter]:
+    """Letters of files that this listing did not look for: they came with other inputs."""
+    earlier = {letter.uri: letter for letter in read_unit_dead_letters(store, LIST, LISTING)}
+    places = [name if is_s3(name) else os.path.abspath(os.path.expanduser(name)) for name in inputs]
+    folders = tuple(f"{place.rstrip('/')}/" for place in places)
+    seen = {uri for uri, *_ in listing.dead} | {uri for uri in listing.settled if uri in earlier}
+    seen |= {source.uri for source in listing.sources if source.uri in earlier}
+    return [
+        letter
+        for uri, letter in earlier.items()
+        if uri not in seen and uri not in places and not uri.startswith(folders)
     ]
 
 

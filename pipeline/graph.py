@@ -58,7 +58,8 @@ def run_units(
         stage: function from a row to result rows, or a class of such (its instances are actors
             that keep what they load).
         constructor: keyword arguments of the class.
-        workers: tasks at once; none means as many as there is room for.
+        workers: tasks at once; none means as many as there is room for, also on nodes that an
+            autoscaler adds.
         cpus: CPUs of a task.
         gpus: GPUs of a task, fractions allowed.
 
@@ -66,20 +67,22 @@ def run_units(
         Counters of each unit, as it finishes. A task whose worker dies is started again by Ray.
 
     Raises:
-        UserError: if the cluster cannot hold a single worker.
+        UserError: if no node of the cluster can hold a worker.
     """
     import ray
 
     if not tasks:
         return
     ensure_ray()
-    size = min(len(tasks), _room(cpus, gpus), workers or len(tasks))
+    most = min(len(tasks), workers or len(tasks))
+    now = min(most, _room(cpus, gpus))
     quiet_ray_data()
     if isinstance(stage, type):
-        compute: Any = ray.data.ActorPoolStrategy(size=size)
+        # Actors that find no room wait, and so ask an autoscaler for a node.
+        compute: Any = ray.data.ActorPoolStrategy(min_size=1, initial_size=now, max_size=most)
         extra: dict[str, Any] = {"fn_constructor_kwargs": constructor or {}}
     else:
-        compute, extra = ray.data.TaskPoolStrategy(size=size), {}
+        compute, extra = ray.data.TaskPoolStrategy(size=most), {}
     results = ray.data.from_items(list(tasks), override_num_blocks=len(tasks)).flat_map(
         stage, compute=compute, num_cpus=cpus, num_gpus=gpus or None, **extra
     )
@@ -144,19 +147,29 @@ def quiet_ray_data() -> None:
 
 
 def _room(cpus: int, gpus: float) -> int:
-    """Workers that the whole cluster can hold at once."""
+    """Workers that the nodes of the cluster can hold at once."""
     import ray
 
-    resources = ray.cluster_resources()
-    room = math.floor(resources.get("CPU", 0.0) / cpus)
-    if gpus:
-        room = min(room, math.floor(resources.get("GPU", 0.0) / gpus + 1e-9))
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    room = workers_on(nodes, cpus, gpus)
     if room < 1:
+        most_cpus, most_gpus = (max(n.get(name, 0.0) for n in nodes) for name in ("CPU", "GPU"))
         raise UserError(
-            f"no worker fits into the Ray cluster: it needs {cpus} CPUs and {gpus:g} GPUs, there "
-            f"are {resources.get('CPU', 0.0):g} and {resources.get('GPU', 0.0):g} in all; lower "
-            "`threads` or `encode.autoencoder_gpus`, or add nodes"
+            f"no worker fits into the Ray cluster: it needs {cpus} CPUs and {gpus:g} GPUs of one "
+            f"node, the largest of {len(nodes)} has {most_cpus:g} and {most_gpus:g}; lower "
+            "`threads` or the GPUs of the stage, or add nodes"
         )
+    return room
+
+
+def workers_on(nodes: Iterable[Mapping[str, float]], cpus: int, gpus: float) -> int:
+    """Workers that nodes with these resources can hold, each on one of them."""
+    room = 0
+    for resources in nodes:
+        here = math.floor(resources.get("CPU", 0.0) / cpus)
+        if gpus:
+            here = min(here, math.floor(resources.get("GPU", 0.0) / gpus + 1e-9))
+        room += here
     return room
 
 

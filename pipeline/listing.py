@@ -7,6 +7,7 @@ import mimetypes
 import os
 import tarfile
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -27,6 +28,8 @@ from pipeline.manifests import (
 )
 from pipeline.signatures import SIGNATURE_BYTES, looks_like_video
 from pipeline.storage import (
+    MissingObjectError,
+    S3Object,
     StorageError,
     file_size,
     is_s3,
@@ -34,6 +37,7 @@ from pipeline.storage import (
     open_binary,
     read_bytes,
     read_span,
+    split_s3,
 )
 from pipeline.threads import map_in_order
 from streamdit.errors import UserError
@@ -75,7 +79,9 @@ class Found:
     skipped: dict[str, int] = field(default_factory=dict)
     """Reason to number of files left out."""
     unreadable: list[tuple[str, Exception]] = field(default_factory=list)
-    """Archives and tables that cannot be read."""
+    """Archives and tables that cannot be read, or not to their end."""
+    opened: list[str] = field(default_factory=list)
+    """Archives and tables that were read."""
 
     def skip(self, reason: str) -> None:
         """Count one file left out."""
@@ -114,12 +120,14 @@ def _sort_in(entry: Entry, found: Found) -> None:
     elif kind == "table":
         try:
             found.note(read_manifest(entry.uri))
+            found.opened.append(entry.uri)
         except ManifestError as error:
             found.unreadable.append((entry.uri, error))
     elif kind == "archive":
         try:
             for member in _list_archive(entry.uri):
                 _sort_in(member, found)
+            found.opened.append(entry.uri)
         except (OSError, tarfile.TarError, CompressedArchiveError) as error:
             found.unreadable.append((entry.uri, error))
     else:
@@ -207,7 +215,7 @@ def _with_sidecars(path: str) -> Iterator[Entry]:
 
 def _read_list(path: Path) -> list[str]:
     """Addresses in a list file; relative ones are relative to the list, `#` starts a comment."""
-    lines = (line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines())
+    lines = (line.strip() for line in path.read_text(encoding="utf-8-sig").split("\n"))
     names = [line for line in lines if line and not line.startswith("#")]
     if any(name.lower().endswith(LIST_SUFFIXES) or is_manifest(name) for name in names):
         raise UserError(
@@ -228,11 +236,18 @@ def _list_folder(folder: Path) -> Iterator[Entry]:
 
 
 def _list_archive(uri: str) -> Iterator[Entry]:
-    """Videos in a WebDataset archive, with the captions and metadata of their samples."""
+    """Videos in a WebDataset archive, with the captions and metadata of their samples.
+
+    Of one that is cut off, those before its end come first, then the error.
+    """
     samples: dict[str, list[Member]] = {}
-    with open_binary(uri) as file:
-        for member in list_members(uri, file):
-            samples.setdefault(member.key, []).append(member)
+    failure: OSError | tarfile.TarError | None = None
+    try:
+        with open_binary(uri) as file:
+            for member in list_members(uri, file):
+                samples.setdefault(member.key, []).append(member)
+    except (OSError, tarfile.TarError) as error:
+        failure = error
     for members in samples.values():
         beside = [member for member in members if _kind(member.name) == "sidecar"]
         captions = sorted(beside, key=lambda m: SIDECAR_SUFFIXES.index(_suffix(m.name)))
@@ -242,6 +257,8 @@ def _list_archive(uri: str) -> Iterator[Entry]:
         for member in members:
             if member not in beside:
                 yield Entry(member.uri, member.size, note, files)
+    if failure is not None:
+        raise failure
 
 
 def _read_note(member: Member) -> Note | None:
@@ -259,9 +276,13 @@ def _suffix(name: str) -> str:
 
 
 def _list_prefix(uri: str) -> Iterator[Entry]:
-    """Objects under an `s3://` prefix."""
+    """The object at an `s3://` address, or those in the folder of that name."""
+    folder = uri if uri.endswith("/") else f"{uri}/"
     try:
-        for address, size in list_objects(uri):
+        if split_s3(uri)[1] and folder != uri:
+            with suppress(MissingObjectError):
+                yield Entry(uri, S3Object(uri).size)
+        for address, size in list_objects(folder):
             if not address.endswith("/"):
                 yield Entry(address, size)
     except StorageError as error:

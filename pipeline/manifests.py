@@ -145,7 +145,8 @@ def _rows(uri: str) -> Iterator[dict[str, Any]]:
         text = io.StringIO(content.decode("utf-8-sig"), newline="")
         raw = csv.DictReader(text, delimiter="\t" if suffix == "tsv" else ",", strict=True)
     else:
-        lines = content.decode("utf-8-sig").splitlines()
+        # Not splitlines(): JSON may hold other line separators within its texts.
+        lines = content.decode("utf-8-sig").split("\n")
         raw = (json.loads(line) for line in lines if line.strip())
     for row in raw:
         if not isinstance(row, Mapping):

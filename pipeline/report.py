@@ -13,6 +13,8 @@ import numpy as np
 
 from pipeline.overview import Overview, StageState
 from pipeline.pictures import STRIP_FRAMES, clip_frames, data_url, strip
+from pipeline.reselect import Clause, preview
+from streamdit.errors import UserError
 
 DECILES = 10
 EXAMPLES = 12
@@ -87,6 +89,7 @@ def write_report(
         overview=overview,
         facts=_facts(overview),
         stages=[(stage, _work(stage)) for stage in overview.stages],
+        clauses=_clauses(overview),
         buckets=_bucket_rows(overview),
         resolutions=_resolutions(overview),
         durations=_durations(overview),
@@ -157,6 +160,16 @@ def _facts(overview: Overview) -> list[tuple[str, str]]:
 def _work(stage: StageState) -> str:
     shown = [(stage.counters.get(key, 0), name) for key, name in STAGE_WORK[stage.name]]
     return ", ".join(f"{count:,.0f} {name}" for count, name in shown)
+
+
+def _clauses(overview: Overview) -> tuple[Clause, ...]:
+    """What each condition of the selection drops, once there is one."""
+    if overview.manifest is None:
+        return ()
+    try:
+        return preview(overview.root, overview.manifest.selection.expression).clauses
+    except UserError:  # further videos are on their way, and not annotated yet
+        return ()
 
 
 def _bucket_rows(overview: Overview) -> list[tuple[str, int, int]]:

@@ -10,6 +10,8 @@ import numpy as np
 BLACK_LUMA = 20.0
 BORDER_LUMA = 40
 STATIC_CHANGE = 0.25
+STILL_CHANGE = 12
+"""Grey levels by which compression alone may change a pixel of a still picture."""
 HASH_SIDE = 32
 HASH_PICTURES = 3
 SAMPLES_PER_S = 10.0
@@ -40,6 +42,9 @@ class FrameScores:
         self.laplacian: list[float] = []
         self.borders: list[tuple[float, float, float, float] | None] = []
         self.hashes: list[int] = []
+        self.is_still = True
+        """Whether no frame so far shows anything else than the first, anywhere in the picture."""
+        self._first: np.ndarray | None = None
         self._previous: np.ndarray | None = None
         self._next_sample = float("-inf")
 
@@ -53,6 +58,9 @@ class FrameScores:
         self.luma.append(cv2.mean(grey)[0])
         self.change.append(cv2.norm(grey, previous, cv2.NORM_L1) / grey.size)
         self._previous = grey
+        if self.is_still:
+            self._first = grey if self._first is None else self._first
+            self.is_still = cv2.norm(grey, self._first, cv2.NORM_INF) <= STILL_CHANGE
         if time_s + 1e-3 >= self._next_sample:
             self._next_sample = time_s + 1 / SAMPLES_PER_S
             self.sampled.append(time_s)

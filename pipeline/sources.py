@@ -46,6 +46,8 @@ class Listing:
     """Reason (`hidden`, `partial`, `not video`, `duplicate`) to number of files."""
     dead: list[tuple[str, str, str, bool]] = field(default_factory=list)
     """Files that cannot be read: address, error class, message, whether to try again."""
+    settled: list[str] = field(default_factory=list)
+    """Addresses that were read and are no sources: duplicates, archives and tables."""
 
 
 def list_sources(inputs: Sequence[str]) -> Listing:
@@ -66,6 +68,7 @@ def list_sources(inputs: Sequence[str]) -> Listing:
     listing = Listing(
         skipped=found.skipped,
         dead=[(uri, *describe_error(error)) for uri, error in found.unreadable],
+        settled=found.opened,
     )
     if not found.videos and not listing.dead:
         raise UserError(
@@ -85,6 +88,7 @@ def _identify(entries: list[Entry], found: Found, listing: Listing) -> None:
             listing.dead.append((entry.uri, *describe_error(result)))
         elif result[0] in sources:
             found.skip("duplicate")
+            listing.settled.append(entry.uri)
         else:
             sources[result[0]] = _source(entry, *result, found)
     listing.sources = [sources[source_id] for source_id in sorted(sources)]

@@ -26,8 +26,17 @@ class NoFrameTimesError(DecodeError):
     """A video is no moving picture: it lasts no time."""
 
 
+class StillVideoError(DecodeError):
+    """A video shows one picture from its first frame to its last."""
+
+
 def survey(
-    uri: str, source_id: str, clip: ClipConfig, scenes: SceneConfig, salvage: bool = False
+    uri: str,
+    source_id: str,
+    clip: ClipConfig,
+    scenes: SceneConfig,
+    salvage: bool = False,
+    still: bool = False,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Decode the video once and describe it.
 
@@ -37,19 +46,23 @@ def survey(
         clip: shape of training clips.
         scenes: scene detection.
         salvage: take the good beginning of a video that is damaged or cut off.
+        still: take a video in which nothing moves.
 
     Returns:
         Its row of the source table (:data:`pipeline.schema.SOURCE_SCHEMA`), and the rows of its
         clips (:data:`pipeline.schema.CLIP_SCHEMA`).
 
     Raises:
-        DecodeError: if it holds no moving picture, or is truncated and not to be salvaged.
+        DecodeError: if it holds no moving picture (and `still` is not set), or is truncated and not
+            to be salvaged.
             FFmpeg's errors pass through.
     """
     info = probe(uri)
     finder = SceneFinder(scenes, info.fps or DEFAULT_FPS)
     scores = FrameScores()
     end_s = _look_at_all(uri, scenes.scan_height, info, finder, scores, salvage)
+    if scores.is_still and not still:
+        raise StillVideoError(_still_reason(len(finder.times), end_s))
     found = finder.scenes(end_s)
     shapes = {n: best_shape(info.height, info.width, n, clip) for n in clip.lengths}
     clips = [
@@ -142,6 +155,11 @@ def _end_of(times: list[float], info: VideoInfo) -> float:
     if not times:
         raise DecodeError("no frame could be decoded")
     return times[-1] + 1 / (info.fps or DEFAULT_FPS)
+
+
+def _still_reason(frames: int, end_s: float) -> str:
+    shown = "it holds one frame" if frames == 1 else f"its {frames} frames show one picture"
+    return f"nothing moves in its {end_s:.2f} s: {shown}; decode.still=true takes such videos too"
 
 
 def _check_whole(info: VideoInfo, frames: int, end_s: float) -> None:

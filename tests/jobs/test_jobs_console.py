@@ -49,15 +49,28 @@ def test_log_file_gets_plain_whole_lines(output):
 
 def test_log_file_gets_a_line_per_interval(output, monkeypatch):
     file = output(terminal=False)
-    clock = iter([0.0, 0.0, 5.0, 12.0, 23.0, 24.0, 24.0])
+    clock = iter([0.0, 0.0, 5.0, 12.0, 23.0, 24.0, 24.0])  # 9 s a step after the first
     monkeypatch.setattr(jobs.console.time, "monotonic", lambda: next(clock))
     with progress("train", unit="steps") as on_progress:
         for done in (1, 2, 3, 4):
             on_progress(done, 9, {})
     assert file.getvalue().splitlines() == [
         "train: 1/9 steps  5.0 s",
-        "train: 3/9 steps  23 s",
+        "train: 3/9 steps  23 s  about 54 s left",
         "train: finished in 24 s",
+    ]
+
+
+def test_what_an_earlier_run_did_does_not_count_as_speed(output, monkeypatch):
+    file = output(terminal=False)
+    clock = iter([0.0, 0.0, 0.0, 60.0, 61.0])
+    monkeypatch.setattr(jobs.console.time, "monotonic", lambda: next(clock))
+    with progress("curate") as on_progress:
+        on_progress(900, 1000, {})
+        on_progress(910, 1000, {"clips": 20})
+    assert file.getvalue().splitlines()[:2] == [
+        "curate: 900/1000 units  0.0 s",
+        "curate: 910/1000 units  1 min 00 s  about 9 min 00 s left  clips 20",
     ]
 
 

@@ -4,7 +4,6 @@ import contextlib
 import os
 import shutil
 import tempfile
-from fractions import Fraction
 from pathlib import Path
 
 import pytest
@@ -22,9 +21,11 @@ from broken_videos import (
 from conftest import COLOURS, scene_pictures, write_shots, write_video
 
 from pipeline import curate as curate_module
+from pipeline.annotate import annotate
 from pipeline.curate import curate
 from pipeline.duplicate_table import read_duplicates
-from pipeline.schema import read_clips, read_dead_letters
+from pipeline.encode import encode
+from pipeline.schema import read_annotations, read_clips, read_dead_letters
 from pipeline.sources import content_id, list_sources
 from pipeline.store import open_store
 
@@ -100,29 +101,63 @@ def test_the_good_part_of_a_cut_video_is_kept_on_demand(
     assert 4.0 < summary.video_s < 2.0 + 40 / 16
 
 
-def test_a_video_of_one_frame_is_read_and_gives_no_clip(
-    tmp_path, folder, small_config, without_ray
-):
+def test_a_video_of_one_frame_is_one_dead_letter(tmp_path, folder, small_config, without_ray):
     write_video(folder / "still.mp4", scene_pictures(COLOURS["blue"], 1))
     summary = curate([str(folder)], tmp_path / "data", small_config)
-    assert (summary.sources, summary.clips, summary.dead) == (2, 2, 0)
+    assert (summary.sources, summary.clips, summary.dead) == (1, 2, 1)
+    letter = the_letter(tmp_path / "data")
+    assert (letter["error_class"], letter["retryable"]) == ("StillVideoError", False)
+    assert "it holds one frame" in letter["message"]
 
 
-def test_hours_of_a_still_picture_are_read_once_and_count_as_one_clip(
+def write_still(path, seconds):
+    """A picture that stays for so many seconds, one frame for each."""
+    write_video(path, scene_pictures(COLOURS["blue"], 1) * seconds, fps=1)
+
+
+def test_hours_of_a_still_picture_are_one_dead_letter_in_all_three_jobs(
+    tmp_path, folder, small_config, autoencoder_dir, without_ray
+):
+    write_still(folder / "still.mp4", STATIC_S)
+    dataset = tmp_path / "data"
+    summary = curate([str(folder)], dataset, small_config)
+    assert (summary.sources, summary.clips, summary.dead) == (1, 2, 1)
+    assert (annotate(dataset, small_config).clips, read_annotations(dataset).num_rows) == (2, 2)
+    assert encode(dataset, autoencoder_dir, small_config).clips == 2
+    letter = the_letter(dataset)
+    assert (letter["error_class"], letter["retryable"]) == ("StillVideoError", False)
+    assert letter["message"].startswith(
+        "nothing moves in its 10800.00 s: its 10800 frames show one picture"
+    )
+
+
+def test_still_videos_are_taken_on_demand_and_count_as_one_clip(
     tmp_path, folder, small_config, without_ray
 ):
-    (picture,) = scene_pictures(COLOURS["blue"], 1)
-    ticks = [i * STATIC_S // 6 for i in range(6)]
-    write_video(folder / "still.mp4", [picture] * 6, ticks=ticks, time_base=Fraction(1, 1))
-    summary = curate([str(folder)], tmp_path / "data", small_config)
-    assert (summary.sources, summary.dead) == (2, 0)
+    write_still(folder / "still.mp4", 100)
+    decode = small_config.decode.model_copy(update={"still": True})
+    config = small_config.model_copy(update={"decode": decode})
+    assert curate([str(folder)], tmp_path / "data", config).dead == 0
     clips = read_clips(tmp_path / "data").to_pylist()
     still = {row["clip_id"]: row for row in clips if row["uri"].endswith("still.mp4")}
-    assert len(still) == STATIC_S
+    assert len(still) == 100
     assert {row["static_share"] for row in still.values()} == {1.0}
     duplicates = read_duplicates(open_store(tmp_path / "data")).to_pylist()
     marked = [row for row in duplicates if row["clip_id"] in still and row["duplicate"]]
-    assert len(marked) == STATIC_S - 1
+    assert len(marked) == 99
+
+
+@pytest.mark.parametrize("moving", [range(96, 100), range(4)], ids=["end", "beginning"])
+def test_a_video_that_moves_anywhere_loses_nothing(
+    tmp_path, folder, small_config, without_ray, moving
+):
+    pictures = scene_pictures(COLOURS["blue"], 1) * 100
+    for i in moving:
+        pictures[i] = pictures[i].copy()
+        pictures[i][50:53, 2 + i % 4 : 5 + i % 4] = 200  # a dot, in a few frames
+    write_video(folder / "calm.mp4", pictures)
+    summary = curate([str(folder)], tmp_path / "data", small_config)
+    assert (summary.sources, summary.clips, summary.dead) == (2, 2 + 6, 0)
 
 
 MISBEHAVING = """

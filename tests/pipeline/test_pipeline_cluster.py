@@ -11,34 +11,46 @@ from pipeline.annotate import annotate
 from pipeline.curate import curate
 from pipeline.encode import encode
 from pipeline.graph import run_units
+from streamdit.errors import UserError
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 SHOTS = {"one": ["red", "green"], "two": ["blue", "yellow"], "three": ["cyan", "red"]}
 
 
+def add_node(cluster):
+    """A node of one CPU."""
+    cluster.add_node(num_cpus=1, object_store_memory=100 << 20)
+
+
 @pytest.fixture
-def two_nodes(monkeypatch):
-    """Ids of the two nodes, of one CPU each, of the cluster that this process is connected to."""
+def cluster(monkeypatch):
+    """A cluster of one node, to which this process is connected."""
     import ray
     from ray.cluster_utils import Cluster
 
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
     cluster = Cluster()
-    for _ in range(2):
-        cluster.add_node(num_cpus=1, object_store_memory=100 << 20)
+    add_node(cluster)
     ray.init(cluster.address, log_to_driver=False)
     try:
-        yield {node.node_id for node in cluster.list_all_nodes()}
+        yield cluster
     finally:
         ray.shutdown()
         cluster.shutdown()
 
 
-def meeting(stage, folder, nodes):
-    """`stage`, but a unit is done only when one is under way on every node."""
+@pytest.fixture
+def two_nodes(cluster):
+    """Ids of the two nodes, of one CPU each, of the cluster that this process is connected to."""
+    add_node(cluster)
+    return {node.node_id for node in cluster.list_all_nodes()}
 
-    def meet():
+
+def meeting_place(folder, nodes):
+    """Waits until something is, or was, under way on this many nodes."""
+
+    def meet():  # within a function, so that Ray sends it along
         import ray
 
         (folder / ray.get_runtime_context().get_node_id()).touch()
@@ -46,6 +58,12 @@ def meeting(stage, folder, nodes):
         while len(os.listdir(folder)) < nodes and time.monotonic() < deadline:
             time.sleep(0.1)
 
+    return meet
+
+
+def meeting(stage, folder, nodes):
+    """`stage`, but a unit is done only when one is under way on every node."""
+    meet = meeting_place(folder, nodes)
     if not isinstance(stage, type):
         return lambda row: (meet(), stage(row))[1]
 
@@ -87,3 +105,29 @@ def test_two_nodes_work_at_every_stage_and_write_what_one_process_writes(
     )
     assert len(two_nodes) == 2
     assert file_hashes(tmp_path / "together") == file_hashes(tmp_path / "alone")
+
+
+def test_threads_that_no_single_node_has_are_refused(two_nodes):
+    with pytest.raises(UserError, match=r"it needs 2 CPUs .* of one node, the largest of 2 has 1 "):
+        next(run_units([{"unit": "a"}], lambda row: [row], cpus=2))
+
+
+@pytest.mark.parametrize("kind", ["function", "class"])
+def test_a_node_that_joins_a_run_gets_work(tmp_path, cluster, kind):
+    meet = meeting_place(tmp_path, 2)
+
+    def work(row):
+        if row["unit"] != "0":
+            meet()  # only the first unit ends before another node is at work
+        return [{"unit": row["unit"], "counters": "{}"}]
+
+    class Worker:
+        def __call__(self, row):
+            return work(row)
+
+    tasks = [{"unit": str(i)} for i in range(8)]
+    results = run_units(tasks, Worker if kind == "class" else work)
+    next(results)
+    add_node(cluster)
+    assert len(list(results)) == 7
+    assert len(os.listdir(tmp_path)) == 2

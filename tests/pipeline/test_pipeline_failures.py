@@ -1,6 +1,7 @@
 """What fails is counted, left alone, tried again on demand, and stops a job when it is too much."""
 
 import os
+import tarfile
 
 import pytest
 from broken_videos import decoder_that
@@ -18,7 +19,7 @@ from streamdit.errors import UserError
 @pytest.fixture
 def videos(tmp_path):
     folder = tmp_path / "videos"
-    for step, name in enumerate(("red", "green", "blue")):
+    for step, name in enumerate(("red", "green", "blue"), 1):
         write_shots(folder / f"{name}.mp4", [name], step=step)
     return folder
 
@@ -73,6 +74,47 @@ def test_too_many_dead_inputs_stop_the_job_with_the_commonest_reasons(
     assert curate([str(videos)], dataset, with_limits(config, dead_share=0.6)).dead == 4
     few = with_limits(small_config, least_inputs=8, dead_share=0.5)
     assert curate([str(videos)], dataset, few).dead == 4
+
+
+def test_too_many_unreadable_files_stop_the_job_before_it_decodes(
+    tmp_path, videos, small_config, without_ray, monkeypatch
+):
+    for i in range(3):
+        (videos / f"empty{i}.mp4").touch()
+    names = curated_names(monkeypatch)
+    config = with_limits(small_config, least_inputs=6, dead_share=0.4)
+    with pytest.raises(UserError, match=r"list stops: 3 of 6 inputs failed.*3 × EmptyFileError"):
+        curate([str(videos)], tmp_path / "data", config)
+    assert names == []
+    assert len(read_dead_letters(tmp_path / "data")) == 3
+
+
+def test_unreadable_files_are_remembered_until_their_inputs_are_listed_again(
+    tmp_path, videos, small_config, without_ray
+):
+    dataset, other = tmp_path / "data", tmp_path / "other"
+    write_shots(other / "good.mp4", ["cyan"])
+    listed = tmp_path / "some.list"
+    (tmp_path / "archive.tar").write_bytes(b"no archive")
+    (videos / "empty.mp4").touch()
+    (other / "empty.mp4").touch()
+
+    def dead(*inputs):
+        curate([str(path) for path in inputs], dataset, small_config)
+        return sorted(row["uri"] for row in read_dead_letters(dataset).to_pylist())
+
+    first, second = str(videos / "empty.mp4"), str(other / "empty.mp4")
+    assert dead(videos) == [first]
+    assert dead(other) == [second, first]
+    (videos / "empty.mp4").unlink()
+    assert dead(other) == [second, first]
+    assert dead(videos) == [second]
+    listed.write_text("archive.tar\nother/empty.mp4\nother/good.mp4\n")
+    assert dead(listed) == [str(tmp_path / "archive.tar"), second]
+    with tarfile.open(tmp_path / "archive.tar", "w"):
+        pass
+    (other / "empty.mp4").write_bytes((other / "good.mp4").read_bytes())
+    assert dead(listed) == []
 
 
 def test_a_stopped_job_keeps_what_it_did(tmp_path, videos, small_config, without_ray, monkeypatch):

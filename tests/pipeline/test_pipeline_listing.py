@@ -181,6 +181,44 @@ def test_damaged_and_compressed_archives_are_dead_letters(tmp_path):
     }
 
 
+def test_an_archive_that_is_cut_off_loses_what_lies_behind_the_cut_only(tmp_path):
+    content = write_webdataset(tmp_path / "whole.tar", b"v" * 5000).read_bytes()
+    (tmp_path / "whole.tar").unlink()
+    cut = put(tmp_path / "cut.tar", content[: content.index(b"x/0002.mp4") + 1000])
+    listing = list_sources([str(tmp_path)])
+    (source,) = listing.sources
+    assert source.uri.endswith("#x/0001.mp4")
+    assert captions_of(source) == [("numbers", 0, FOREVER)]
+    ((uri, error, message, _),) = listing.dead
+    assert (uri, error, message) == (str(cut), "ReadError", "the archive ends within x/0002.mp4")
+
+
+def test_captions_of_json_lines_may_hold_any_character(tmp_path):
+    put(tmp_path / "a.mp4", b"a")
+    row = {"path": "a.mp4", "caption": "one\u2028two\x85three"}
+    table = put(tmp_path / "t.jsonl", json.dumps(row, ensure_ascii=False) + "\r\n")
+    (source,) = list_sources([str(table)]).sources
+    assert captions_of(source) == [("one two three", 0, FOREVER)]
+
+
+def test_an_s3_input_is_an_object_or_a_folder_and_no_other_names_that_begin_alike(s3):
+    keys = ("raw/a.mp4", "raw-private/b.mp4", "raw", "rawer.mp4", "c.mp4", "c.mp4.mp4")
+    for key in keys:
+        content = b"\x00\x00\x00\x18ftypisom" + key.encode()
+        s3.put_object(Bucket="videos", Key=f"alike/{key}", Body=content)
+
+    def found(name):
+        return sorted(source.uri for source in list_sources([f"s3://videos{name}"]).sources)
+
+    root = "s3://videos/alike"
+    assert found("/alike/raw") == [f"{root}/raw", f"{root}/raw/a.mp4"]
+    assert found("/alike/raw/") == [f"{root}/raw/a.mp4"]
+    assert found("/alike/c.mp4") == [f"{root}/c.mp4"]
+    assert found("/alike") == sorted(f"{root}/{key}" for key in keys)
+    assert found("") == found("/")
+    assert set(found("/alike")) <= set(found(""))
+
+
 def test_member_addresses_survive_odd_names():
     for archive in ("/data/a.tar", "s3://b/k/a@1+2#.tar", "/x y/ü.tar"):
         member = Member(archive, 512, 77, "a/b c#1@2+3#.tar.mp4")

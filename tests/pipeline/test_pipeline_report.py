@@ -13,6 +13,7 @@ from pipeline.encode import encode
 from pipeline.overview import find_clip, read_overview, stage_settings, thresholds
 from pipeline.pictures import clip_frames, strip
 from pipeline.report import histogram, write_report
+from pipeline.reselect import reselect
 from streamdit.errors import UserError
 
 
@@ -109,6 +110,21 @@ def test_the_page_is_one_file_with_counts_charts_pictures_and_reasons(dataset, t
     assert page.tags.count("img") >= len(found.scores) + int(found.kept.sum())
     again = write_report(found, tmp_path / "again.html").read_bytes()
     assert again == (tmp_path / "out" / "page.html").read_bytes()
+
+
+def test_the_page_counts_what_each_condition_of_the_selection_rejects(dataset, tmp_path):
+    reselect(dataset, "motion > 0.5 and start_s < 1")
+    page = Page(write_report(read_overview(dataset), tmp_path / "page.html"))
+    rows = [line for line in page.text.splitlines() if line.startswith(("motion >", "start_s <"))]
+    assert rows == ["motion > 0.5" + "000", "start_s < 1" + "440"]
+
+
+def test_the_page_can_be_made_while_further_videos_are_on_their_way(curated, dataset, tmp_path):
+    write_shots(tmp_path / "videos" / "three.mp4", ["cyan"])
+    curate([str(tmp_path / "videos")], dataset, curated[1])
+    page = Page(write_report(read_overview(dataset), tmp_path / "page.html"))
+    assert "Ready for training" in page.text
+    assert "Rejected by the selection" not in page.text
 
 
 def test_the_page_of_a_dataset_without_latents_says_so(curated, tmp_path):
