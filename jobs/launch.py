@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import threading
@@ -18,7 +19,7 @@ from streamdit.errors import UserError
 from training.config import LaunchConfig, RunConfig
 from training.job import TrainJob
 from training.loop import train_loop
-from training.metrics import format_line, read_metrics
+from training.metrics import format_line
 from training.network import use_interface_with
 from training.records import send_left
 from training.stop import Interrupted
@@ -218,10 +219,11 @@ def check_resources(needed: dict[str, float], workers: int, total: dict[str, flo
 def follow(job: TrainJob) -> Iterator[None]:
     """Show the run's log lines, and a bar on a terminal, while it is under way."""
     stop = threading.Event()
-    before = sum(1 for _ in read_metrics(job.metrics_path))
+    lines = NewLines(job.metrics_path)
+    lines.read()  # those of an earlier start
     with progress(job.run_name, unit="steps") as on_progress:
         thread = threading.Thread(
-            target=_show_lines, args=(job, on_progress, stop, before), daemon=True
+            target=_show_lines, args=(job, lines, on_progress, stop), daemon=True
         )
         thread.start()
         try:
@@ -231,16 +233,53 @@ def follow(job: TrainJob) -> Iterator[None]:
             thread.join()
 
 
-def _show_lines(job: TrainJob, on_progress: Any, stop: threading.Event, shown: int) -> None:
+def _show_lines(job: TrainJob, lines: NewLines, on_progress: Any, stop: threading.Event) -> None:
     """Print the lines of the metrics file as they appear."""
     while True:
         last_look = stop.wait(POLL_S)
-        rows = list(read_metrics(job.metrics_path))
-        shown = min(shown, len(rows))  # a resumed run drops lines that it will make again
-        for row in rows[shown:]:
+        for row in map(json.loads, lines.read()):
             console.print(format_line(row, job.config.steps), markup=False, soft_wrap=True)
             if console.is_terminal and "loss" in row:  # in a log file the lines say it already
                 on_progress(row["step"], job.config.steps, {"loss": row["loss"]})
-        shown = len(rows)
         if last_look:
             return
+
+
+class NewLines:
+    """Complete lines of a growing file, each given once; only what was added is read.
+
+    A file that another takes the place of, as a resumed run's does, is read from its start: lines
+    that it repeats are not given again, those after them are, whatever the earlier one had there.
+
+    Args:
+        path: the file, which need not be there yet.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._inode, self._offset = -1, 0
+        self._given: list[int] = []  # hashes of all lines so far
+        self._next = 0  # place among them of the line that is read next
+
+    def read(self) -> list[str]:
+        """Lines that are there now and were not given before."""
+        try:
+            file = self._path.open("rb")
+        except FileNotFoundError:
+            return []
+        with file:
+            status = os.fstat(file.fileno())
+            if status.st_ino != self._inode or status.st_size < self._offset:
+                self._inode, self._offset, self._next = status.st_ino, 0, 0
+            file.seek(self._offset)
+            added = file.read()
+        whole = added[: added.rfind(b"\n") + 1]
+        self._offset += len(whole)
+        return [line.decode() for line in whole.splitlines() if self._is_new(hash(line))]
+
+    def _is_new(self, line: int) -> bool:
+        place, self._next = self._next, self._next + 1
+        if self._given[place : place + 1] == [line]:
+            return False
+        self._given[place:] = [line]
+        return True

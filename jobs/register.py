@@ -14,7 +14,7 @@ from jobs.console import progress, say
 from jobs.options import TrackingDirectory, TrackingUri
 from streamdit.errors import UserError
 from training.config import TrackingConfig
-from training.registry import Promotion, Sample, check_names, register
+from training.registry import Promotion, Sample, check_names, check_scores, register
 
 SAMPLE_PROMPT = "a boat on a lake"
 
@@ -66,14 +66,15 @@ def command(
         raise UserError("--lower-is-better says how to compare; add --if-better METRIC")
     if if_better is not None and alias is None:
         raise UserError("--if-better decides whether an alias moves; add --alias ALIAS")
-    check_names(name, alias)  # before the sample video, which takes its time
+    numbers = read_scores(score or (), scores)
+    # Before the sample video, which takes its time.
+    check_names(name, alias)
+    check_scores(numbers)
     promotion = Promotion(if_better, lower_is_better) if if_better is not None else None
     tracking = TrackingConfig(uri=tracking_uri, directory=str(tracking_directory))
     with tempfile.TemporaryDirectory() as folder:
         sample = make_sample(model, prompt, sample_frames, Path(folder)) if sample_frames else None
-        registered = register(
-            model, name, alias, tracking, read_scores(score or (), scores), sample, promotion
-        )
+        registered = register(model, name, alias, tracking, numbers, sample, promotion)
     say(f"registered {registered.name} version {registered.version} in {registered.tracking_uri}")
     if alias is not None:
         verb = "points to" if registered.alias else "does not move to"

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
+import tempfile
 from pathlib import Path
+from typing import Any
 
 from streamdit.errors import UserError
 from streamdit.io import CONFIG_FILE, WEIGHTS_FILE, read_model_config
@@ -11,8 +15,17 @@ PICKLES = {".bin", ".ckpt", ".dill", ".joblib", ".pickle", ".pkl", ".pt", ".pth"
 """Suffixes of files that hold pickles, or may."""
 
 
+def cache_folder() -> Path:
+    """Where models from other machines are kept: `STREAMDIT_CACHE`, or the user's own cache."""
+    if chosen := os.environ.get("STREAMDIT_CACHE"):
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "streamdit"
+
+
 def download(uri: str) -> Path:
-    """Fetch a registered model from MLflow and find the model directory inside it.
+    """Find the model directory of a registered model, fetching it if it is on another machine.
+
+    What was fetched is kept in :func:`cache_folder` and found there the next time.
 
     Args:
         uri: `models:/name@alias` or `models:/name/version`.
@@ -23,20 +36,72 @@ def download(uri: str) -> Path:
     try:
         import mlflow.artifacts
         from mlflow.exceptions import MlflowException
+        from mlflow.store.artifact.models_artifact_repo import ModelsArtifactRepository
+        from mlflow.utils.uri import is_local_uri
     except ImportError:
         raise UserError(
             f"{uri} is in an MLflow registry, but mlflow is not installed; pip install mlflow"
         ) from None
     try:
-        recorded = _recorded_hash(uri)
-        root = Path(mlflow.artifacts.download_artifacts(artifact_uri=uri))
+        version = _find_version(uri)
+        # The alias may move meanwhile; the version stays what it is.
+        fixed = f"models:/{version.name}/{version.version}"
+        if is_local_uri(ModelsArtifactRepository.get_underlying_uri(fixed)):
+            local = Path(mlflow.artifacts.download_artifacts(artifact_uri=fixed))
+            return _checked(local, uri, version)
+        kept = _place_of(version)
+        if not kept.is_dir():
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=kept.parent, prefix=".partial-") as staging:
+                fetched = Path(staging) / "artifact"
+                fetched.mkdir()
+                mlflow.artifacts.download_artifacts(artifact_uri=fixed, dst_path=str(fetched))
+                _checked(fetched, uri, version)
+                try:
+                    fetched.rename(kept)
+                except OSError:
+                    if not kept.is_dir():  # else another process was faster
+                        raise
     except MlflowException as error:
         reason = str(error).splitlines()[0]
         raise UserError(
             f"{uri} cannot be loaded: {reason}; check the name and alias, and that "
             "MLFLOW_TRACKING_URI points to the store that holds it"
         ) from None
+    return _checked(kept, uri, version)
+
+
+def _find_version(uri: str) -> Any:
+    """The version that a URI means now, as MLflow describes it."""
+    from mlflow import MlflowClient
+    from mlflow.store.artifact.utils.models import get_model_name_and_version
+
+    client = MlflowClient()
+    found = get_model_name_and_version(client, uri)
+    if len(found) != 2:
+        raise UserError(f"{uri} names no version; give models:/NAME@ALIAS or models:/NAME/VERSION")
+    return client.get_model_version(*found)
+
+
+def _place_of(version: Any) -> Path:
+    """Folder of a version in the cache; no two versions of any stores share one."""
+    import mlflow
+
+    store = hashlib.sha256(mlflow.get_registry_uri().encode()).hexdigest()[:12]
+    # A model that was removed and made again has the same version with another content.
+    content = version.tags.get("weights_sha256", str(version.creation_timestamp))[:16]
+    folder = f"{version.name}-{version.version}-{content}"
+    return cache_folder() / "models" / store / folder
+
+
+def _checked(root: Path, uri: str, version: Any) -> Path:
+    """The model directory inside an artifact, if it is the one that was registered.
+
+    Raises:
+        UserError: if it is not, or holds a pickle.
+    """
     refuse_pickles(root, uri)
+    recorded = version.tags.get("weights_sha256")
     for path in sorted(root.rglob(CONFIG_FILE)):
         if (path.parent / WEIGHTS_FILE).is_file():
             found = read_model_config(path.parent).weights_sha256
@@ -47,23 +112,6 @@ def download(uri: str) -> Path:
                 )
             return path.parent
     raise UserError(f"{uri} holds no model directory; register one with `streamdit register`")
-
-
-def _recorded_hash(uri: str) -> str | None:
-    """Hash of the weights as the registry's tags have it, if they do."""
-    from mlflow import MlflowClient
-
-    client = MlflowClient()
-    name, at, alias = uri.removeprefix("models:/").partition("@")
-    if at:
-        tags = client.get_model_version_by_alias(name, alias).tags
-    else:
-        name, _, version = name.partition("/")
-        if not version.isdigit():
-            return None
-        tags = client.get_model_version(name, version).tags
-    recorded: str | None = tags.get("weights_sha256")
-    return recorded
 
 
 def refuse_pickles(root: Path, source: str) -> None:

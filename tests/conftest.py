@@ -1,4 +1,4 @@
-"""What every test relies on: no test leaves its MLflow store to the next."""
+"""What every test relies on: no test leaves its MLflow store, or models, to the next."""
 
 import os
 import socket
@@ -16,6 +16,11 @@ def _no_tracking_store_left_behind():
     if "mlflow" in sys.modules:
         sys.modules["mlflow"].set_tracking_uri(None)
     os.environ.pop("MLFLOW_TRACKING_URI", None)
+
+
+@pytest.fixture(autouse=True)
+def _no_models_left_in_the_users_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("STREAMDIT_CACHE", str(tmp_path / "cache"))
 
 
 @pytest.fixture

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import re
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -79,12 +80,13 @@ class Promotion:
 
     def judge(self, new: float, old: str | None, holder: str) -> tuple[bool, str]:
         """Whether `new` beats the score `old` of the version that has the alias, and a reason."""
-        if old is None:
+        if old is None or not math.isfinite(beaten := float(old)):
             return True, f"{holder} has no score {self.metric} to beat"
-        better = new < float(old) if self.lower_is_better else new > float(old)
+        better = new < beaten if self.lower_is_better else new > beaten
         wanted = "lower" if self.lower_is_better else "higher"
         return better, (
-            f"{self.metric} {new:.6g} is {'' if better else 'not '}{wanted} than {old} of {holder}"
+            f"{self.metric} {new:.6g} is {'' if better else 'not '}{wanted} than {beaten:.6g} of "
+            f"{holder}"
         )
 
 
@@ -111,14 +113,16 @@ def register(
         promotion: move the alias only on improvement; the version is registered either way.
 
     Raises:
-        UserError: if the directory is damaged, the metric is missing or the store refuses.
+        UserError: if the directory is damaged, a score is no number, the metric is missing or the
+            store refuses.
     """
     from mlflow.exceptions import MlflowException
 
     check_names(name, alias)
+    scores = dict(scores or {})
+    check_scores(scores)
     config = read_model_config(model_directory)
     load_weights(model_directory, config)  # refuses damaged weights before anybody can load them
-    scores = dict(scores or {})
     if promotion is not None and promotion.metric not in scores:
         raise UserError(
             f"metric {promotion.metric} is not among the scores "
@@ -162,6 +166,19 @@ def check_names(name: str, alias: str | None) -> None:
         )
     if not re.fullmatch(r"[\w-]+", alias):
         raise UserError(f"alias {alias!r} may hold only letters, digits, _ and -; choose another")
+
+
+def check_scores(scores: Mapping[str, float]) -> None:
+    """Refuse scores that nothing can be compared with.
+
+    Raises:
+        UserError: if one has no name or is not finite.
+    """
+    for name, value in scores.items():
+        if not name.strip():
+            raise UserError(f"a score of {value:g} has no name; give NAME=VALUE, as colour=0.98")
+        if not math.isfinite(value):
+            raise UserError(f"score {name} is {value:g}, not a finite number; leave it out")
 
 
 def _create_version(
@@ -258,15 +275,15 @@ def list_versions(tracking: TrackingConfig, name: str | None = None) -> list[dic
         UserError: if the store cannot be reached, or has no model of that name.
     """
     client, _ = connect(tracking)
-    models = client.search_registered_models(f"name = '{name}'" if name else None)
+    models = _all(client.search_registered_models, f"name = '{name}'" if name else None)
     if name and not models:
-        known = ", ".join(model.name for model in client.search_registered_models())
+        known = ", ".join(model.name for model in _all(client.search_registered_models))
         raise UserError(
             f"no model {name!r} is registered in {use_store(tracking)}; it has {known or 'none'}"
         )
     rows = []
     for model in models:
-        versions = client.search_model_versions(f"name = '{model.name}'")
+        versions = _all(client.search_model_versions, f"name = '{model.name}'")
         for version in sorted(versions, key=lambda v: int(v.version), reverse=True):
             holders = model.aliases.items()
             tags = dict(version.tags)
@@ -282,6 +299,16 @@ def list_versions(tracking: TrackingConfig, name: str | None = None) -> list[dic
                 }
             )
     return rows
+
+
+def _all(search: Callable[..., Any], condition: str | None = None) -> list[Any]:
+    """What a search of MLflow's finds, on all its pages."""
+    page = search(condition)
+    found = list(page)
+    while page.token:
+        page = search(condition, page_token=page.token)
+        found += page
+    return found
 
 
 def version_tags(config: StreamDiTConfig, scores: Mapping[str, float]) -> dict[str, str]:
@@ -301,7 +328,7 @@ def version_tags(config: StreamDiTConfig, scores: Mapping[str, float]) -> dict[s
     revision = git_revision()
     if revision:
         tags["git_revision"] = revision
-    return tags | {f"{SCORE_TAG}{key}": f"{value:.6g}" for key, value in scores.items()}
+    return tags | {f"{SCORE_TAG}{key}": repr(float(value)) for key, value in scores.items()}
 
 
 def _teacher_tags(client: Any, config: StreamDiTConfig) -> dict[str, str]:

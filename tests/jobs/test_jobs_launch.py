@@ -17,13 +17,13 @@ from latent_dataset import train_settings, write_dataset
 from training_runs import losses, tiny_job, train
 
 from jobs.errors import Stopped
-from jobs.launch import _check_nodes, launch, lost_worker
+from jobs.launch import NewLines, _check_nodes, follow, launch, lost_worker
 from jobs.runtime import ray_runtime
 from streamdit.errors import UserError
 from training.checkpoint import find_checkpoints, read_facts
 from training.config import LaunchConfig, TrainConfig
 from training.job import TrainJob
-from training.metrics import read_metrics
+from training.metrics import MetricsFile, read_metrics
 from training.objective import make_flow_matching
 from training.run import Run
 
@@ -212,6 +212,46 @@ def test_records_that_a_finished_run_left_behind_are_sent_by_the_same_command(
     assert (found.data.metrics["late_0"], found.data.metrics["late_1"]) == (1.5, 2.5)
     assert found.info.status == "FINISHED"
     assert not any(outbox.exists() for outbox in outboxes)
+
+
+def test_lines_of_a_run_are_shown_once_also_when_it_resumes(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("jobs.launch.POLL_S", 0.01)
+    job = tiny_job(tmp_path / "dataset", tmp_path / "run")
+
+    def write(resume_step, rows):
+        file = MetricsFile(job.metrics_path, resume_step)
+        for step, loss in rows:
+            file.write({"step": step, "loss": loss})
+            time.sleep(0.05)
+        file.close()
+
+    write(0, [(1, 1.0), (2, 0.5)])
+    with follow(job):
+        write(2, [(3, 0.25), (4, 0.125)])
+        write(3, [(4, 0.0625), (5, 0.03125)])
+    said = [line for line in capsys.readouterr().err.splitlines() if "loss" in line]
+    assert said == [
+        "step      3/6  loss 0.2500",
+        "step      4/6  loss 0.1250",
+        "step      4/6  loss 0.0625",
+        "step      5/6  loss 0.0312",
+    ]
+
+
+def test_new_lines_are_read_without_those_before_them(tmp_path):
+    path = tmp_path / "lines"
+    lines = NewLines(path)
+    assert lines.read() == []
+    path.write_text("one\ntw")
+    assert lines.read() == ["one"]
+    with path.open("r+") as file:
+        file.write("???")  # is not looked at again
+        file.seek(0, os.SEEK_END)
+        file.write("o\nthree\n")
+    assert lines.read() == ["two", "three"]
+    assert lines.read() == []
+    path.write_text("???\nfour\n")  # shorter: another file at the same place
+    assert lines.read() == ["???", "four"]
 
 
 def test_runtime_of_our_own_does_not_listen_to_the_dashboard_of_another():

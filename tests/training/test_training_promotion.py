@@ -52,14 +52,22 @@ def run(*arguments):
 
 def test_alias_moves_only_to_a_better_version(folder, tracking):
     model, better = folder / "teacher" / "model", Promotion("colour")
-    for score, holder in ((0.5, "1"), (0.4, "1"), (0.6, "3")):
+    # Scores are compared to the last digit: the fourth is a draw.
+    for score, holder in ((0.5, "1"), (0.4, "1"), (0.6123456789, "3"), (0.6123456789, "3")):
         made = register(model, "tiny", "best", tracking, {"colour": score}, promotion=better)
         assert find_registered("tiny", "best", tracking).version == holder
         assert (made.alias == "best") == (made.version == holder)
-    assert made.note == "colour 0.6 is higher than 0.5 of version 1"
+    assert made.note == "colour 0.612346 is not higher than 0.612346 of version 3"
     with pytest.raises(UserError, match="metric shape is not among the scores"):
         register(model, "tiny", "best", tracking, {"colour": 1.0}, promotion=Promotion("shape"))
-    assert len(list_versions(tracking, "tiny")) == 3
+    for scores, message in (
+        ({"colour": float("nan")}, "score colour is nan, not a finite number"),
+        ({"colour": 1.0, "shape": float("-inf")}, "score shape is -inf"),
+        ({"colour": 1.0, "": 3.0}, "a score of 3 has no name; give NAME=VALUE"),
+    ):
+        with pytest.raises(UserError, match=message):
+            register(model, "tiny", "best", tracking, scores, promotion=better)
+    assert len(list_versions(tracking, "tiny")) == 4
 
 
 def test_better_is_higher_unless_lower_is_asked_for_and_a_draw_is_not_better():
@@ -71,7 +79,9 @@ def test_better_is_higher_unless_lower_is_asked_for_and_a_draw_is_not_better():
         "flicker 0.6 is not lower than 0.5 of version 1",
     )
     assert lower.judge(0.4, "0.5", "version 1")[0] is True
-    assert lower.judge(9.0, None, "version 1") == (True, "version 1 has no score flicker to beat")
+    for nothing in (None, "nan"):
+        told = lower.judge(9.0, nothing, "version 1")
+        assert told == (True, "version 1 has no score flicker to beat")
 
 
 def test_distilled_version_names_the_registered_teacher(folder, tracking):
@@ -174,6 +184,8 @@ def test_contradicting_options_are_one_line(folder):
         (("--lower-is-better",), "add --if-better METRIC"),
         (("--if-better", "colour"), "add --alias ALIAS"),
         (("--score", "colour"), "is not NAME=VALUE"),
+        (("--score", "=3"), "a score of 3 has no name"),
+        (("--score", "colour=nan"), "not a finite number"),
         (("--scores", "none.json"), "cannot be read"),
     ):
         result = run("register", model, "--sample-frames", 0, *options)

@@ -4,12 +4,14 @@ import mlflow
 import numpy as np
 import pytest
 from model_directory import write_model_directory
+from safetensors.torch import load_file
 
 import streamdit
 from streamdit.errors import UserError
-from streamdit.io import read_model_config
+from streamdit.io import read_model_config, save_model_directory
 from training.config import TrackingConfig
 from training.registry import check_names, find_registered, list_versions, register
+from training.tracking import connect
 
 
 @pytest.fixture
@@ -67,6 +69,65 @@ def test_unknown_alias_is_one_line_that_says_where_to_look(tracking, tmp_path):
         streamdit.load("models:/tiny@nobody")
     assert "MLFLOW_TRACKING_URI" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.fixture
+def remote(tracking, s3):
+    """A store with its artifacts in a bucket."""
+    client, _ = connect(tracking)
+    client.create_experiment("bucket", artifact_location="s3://videos/mlflow")
+    return tracking.model_copy(update={"experiment": "bucket"})
+
+
+def test_model_of_a_remote_store_is_fetched_once_and_kept_as_the_version_that_it_is(
+    tmp_path, remote, s3, monkeypatch
+):
+    directories = []
+    for number in (1, 2):
+        (tmp_path / str(number)).mkdir()
+        lineage = {"step": number}
+        directories.append(write_model_directory(tmp_path / str(number), lineage=lineage))
+    weights = load_file(directories[1] / "model.safetensors")
+    changed = {name: value + 1 for name, value in weights.items()}
+    config = read_model_config(directories[1])
+    save_model_directory(directories[1], config, changed, directories[1])
+    register(directories[0], "tiny", "best", remote)
+    register(directories[1], "tiny", None, remote)
+    fetch, temporary = mlflow.artifacts.download_artifacts, tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(temporary))
+
+    def moving(artifact_uri, **options):
+        client, _ = connect(remote)
+        client.set_registered_model_alias("tiny", "best", "2")
+        return fetch(artifact_uri=artifact_uri, **options)
+
+    # The alias moves between the question what it means and the download.
+    with monkeypatch.context() as context:
+        context.setattr(mlflow.artifacts, "download_artifacts", moving)
+        assert streamdit.load("models:/tiny@best").config.lineage["step"] == 1
+    assert streamdit.load("models:/tiny@best").config.lineage["step"] == 2
+    (store,) = (tmp_path / "cache" / "models").iterdir()
+    assert sorted(path.name.rpartition("-")[0] for path in store.iterdir()) == ["tiny-1", "tiny-2"]
+    assert list(temporary.iterdir()) == []
+
+    for entry in s3.list_objects_v2(Bucket="videos")["Contents"]:
+        s3.delete_object(Bucket="videos", Key=entry["Key"])
+    for number in (1, 2):
+        assert streamdit.load(f"models:/tiny/{number}").config.lineage["step"] == number
+    (kept,) = store.glob("tiny-1-*/**/model.safetensors")
+    kept.write_bytes(kept.read_bytes()[:-4] + b"\0\1\2\3")
+    with pytest.raises(UserError, match="SHA-256"):
+        streamdit.load("models:/tiny/1")
+
+
+def test_all_models_of_a_store_are_listed_however_many(tmp_path, tracking):
+    client, _ = connect(tracking)
+    names = {f"model-{number:03d}" for number in range(103)}
+    for name in names:
+        client.create_registered_model(name)
+        client.create_model_version(name, str(tmp_path))
+    assert {row["name"] for row in list_versions(tracking)} == names
 
 
 def test_names_that_cannot_be_are_refused_before_a_version_is_made(tmp_path, tracking):

@@ -81,6 +81,19 @@ def test_a_broken_run_continues_to_the_last_bit(runs, dataset_dir, tmp_path, sta
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
+@pytest.mark.slow
+def test_a_broken_run_in_bfloat16_with_accumulation_continues_to_the_last_bit(
+    dataset_dir, tmp_path
+):
+    options = {"precision": "bfloat16", "micro_batch": 2}
+    train(dataset_dir, tmp_path / "straight", **options)
+    train(dataset_dir, tmp_path / "broken", crash_at=5, **options)
+    train(dataset_dir, tmp_path / "broken", **options)
+    assert losses(tmp_path / "broken") == losses(tmp_path / "straight")
+    found, expected = exported(tmp_path / "broken"), exported(tmp_path / "straight")
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
 def cut_short(folder):
     (path,) = folder.glob("deepspeed/*optim_states.pt")
     with path.open("r+b") as file:
@@ -162,6 +175,17 @@ def test_the_newest_checkpoints_and_every_mth_stay(runs, dataset_dir, tmp_path):
     train(dataset_dir, tmp_path / "out", checkpoint={"every": 1, "keep": 2, "keep_every": 3})
     kept = sorted(path.name for path in (tmp_path / "out" / "checkpoints").iterdir())
     assert kept == ["step-00000003", "step-00000005", "step-00000006"]
+
+
+def test_a_damaged_newer_checkpoint_pushes_out_nothing_that_is_made_after_it(dataset_dir, tmp_path):
+    out, options = tmp_path / "out", {"validation": {"samples": 0}}
+    train(dataset_dir, out, crash_at=4, checkpoint={"every": 2, "keep": 2}, **options)
+    for folder in find_checkpoints(out / "checkpoints"):
+        remove_a_file(folder)
+    train(
+        dataset_dir, out, crash_at=1, checkpoint={"every": 1, "keep": 1, "keep_every": 2}, **options
+    )
+    assert [path.name for path in (out / "checkpoints").iterdir()] == ["step-00000001"]
 
 
 def test_a_checkpoint_lists_its_files_with_size_and_hash(broken):

@@ -19,6 +19,7 @@ from streamdit.errors import UserError
 from streamdit.io import load_model
 from training.checkpoint import find_checkpoints, read_facts
 from training.config import TrainConfig
+from training.tracking import git_revision
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +101,8 @@ def test_run_is_recorded_in_mlflow_and_a_changed_configuration_is_refused(datase
     experiment = client.get_experiment_by_name("streamdit")
     (found,) = client.search_runs([experiment.experiment_id])
     assert found.info.status == "FINISHED"
+    assert found.data.tags["mlflow.source.git.commit"] == git_revision()
+    assert found.data.tags["dataset_fingerprint"] == "test"
     assert found.data.params["optimizer.learning_rate"] == "0.002"
     assert found.data.params["model.width"] == "32"
     history = client.get_metric_history(found.info.run_id, "loss")
