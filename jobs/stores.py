@@ -48,8 +48,9 @@ def store_of_model(model: Path) -> list[str]:
     Where the run's record cannot be read from here, that is the store beside the run, and a line
     says so.
     """
-    # training.records.RUN_FILE, without importing the trainer
-    record = model.parent / "mlflow-run.json"
+    from training.records import RUN_FILE  # here: other commands need no trainer
+
+    record = model.parent / RUN_FILE
     known = json.loads(record.read_text()).get("tracking_uri") if record.is_file() else None
     if known:
         return ["--tracking-uri", known]

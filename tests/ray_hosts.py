@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import threading
@@ -66,7 +65,10 @@ class Cluster:
         for name in ("RAY_ADDRESS", "GLOO_SOCKET_IFNAME"):
             self.environment.pop(name, None)
         self._logs = 0
-        self.processes = {host: self._start(host) for host in hosts}
+        self.processes = {}
+        for host in hosts:  # a node that comes before the head is ready ends
+            self.processes[host] = self._start(host)
+            wait_until(self._started, f"a node on {host.name}")
 
     def _start(self, host: Host) -> subprocess.Popen[str]:
         """`ray start` on a host, which goes on until its raylet ends."""
@@ -82,12 +84,19 @@ class Cluster:
             command += ["--address", self.address]
         return self.run(host, *command, environment=IMPATIENT if host is self.head else {})
 
+    def _started(self) -> bool:
+        """Whether the node that was started last is up."""
+        *_, process = self.processes.values()
+        assert process.poll() is None, self.logs()
+        return "Ray runtime started" in self._log.read_text()
+
     def run(
         self, host: Host, *command: object, environment: dict[str, str] | None = None
     ) -> subprocess.Popen[str]:
         """A process on a host, with its output in a file of the folder."""
         self._logs += 1
-        with (self.folder / f"log-{self._logs}.txt").open("w") as log:
+        self._log = self.folder / f"log-{self._logs}.txt"
+        with self._log.open("w") as log:
             return host.start(
                 *command,
                 env=self.environment | (environment or {}),
@@ -146,13 +155,6 @@ def join(address: str, *folders: Path) -> None:
     """In the driver: connect when both hosts are nodes, and keep `alive` true in each folder."""
     import ray
 
-    host, _, port = address.partition(":")
-
-    def listening() -> bool:
-        with socket.socket() as probe:
-            return probe.connect_ex((host, int(port))) == 0
-
-    wait_until(listening, "a head")
     ray.init(address, log_to_driver=False)
     wait_until(lambda: _alive() == 2, "two nodes")
     threading.Thread(target=_count, args=(folders,), daemon=True).start()

@@ -207,8 +207,9 @@ def test_records_that_a_finished_run_left_behind_are_sent_by_the_same_command(
 
     assert launch(tiny_job(dataset, out, steps=1)) == out / "model"
     assert capsys.readouterr().err == f"train: {out}/model is finished already\n"
-    run_id = json.loads((out / "mlflow-run.json").read_text())["run_id"]
-    found = MlflowClient(f"sqlite:///{out}/mlflow/mlflow.db").get_run(run_id)
+    record = json.loads((out / "mlflow-run.json").read_text())
+    assert record["tracking_uri"] == f"sqlite:///{out}/mlflow/mlflow.db"
+    found = MlflowClient(record["tracking_uri"]).get_run(record["run_id"])
     assert (found.data.metrics["late_0"], found.data.metrics["late_1"]) == (1.5, 2.5)
     assert found.info.status == "FINISHED"
     assert not any(outbox.exists() for outbox in outboxes)

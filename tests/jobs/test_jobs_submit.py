@@ -151,6 +151,28 @@ def test_environment_is_what_is_asked_for_and_the_store_without_secrets(monkeypa
         job_environment(["NOWHERE"])
 
 
+@pytest.mark.parametrize(("options", "gpus"), [([], None), (["--gpus", "1"], 1.0)])
+def test_command_holds_only_the_resources_that_are_asked_for(options, gpus, tmp_path, monkeypatch):
+    sent = []
+
+    class Client:
+        def submit_job(self, **arguments):
+            sent.append(arguments)
+            return "raysubmit_1"
+
+        def get_address(self):
+            return "http://head:8265"
+
+    monkeypatch.setattr("jobs.submit.connect", lambda address: Client())
+    arguments = ["register", "/mnt/runs/a/model", "--name", "mine", "--working-dir", str(tmp_path)]
+    result = CliRunner().invoke(app, ["submit", *arguments, *options, "--no-wait"])
+    assert result.exit_code == 0, result.output
+    (job,) = sent
+    assert job["entrypoint"].startswith("python -m jobs.register /mnt/runs/a/model --name mine")
+    assert "--gpus" not in job["entrypoint"]
+    assert (job["entrypoint_num_gpus"], job["entrypoint_num_cpus"]) == (gpus, None)
+
+
 @pytest.mark.parametrize(
     ("address", "reason"),
     [
