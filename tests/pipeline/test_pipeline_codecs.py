@@ -168,7 +168,7 @@ def test_the_good_beginning_of_a_damaged_video_can_be_salvaged(tmp_path):
 
 def test_one_frame_is_a_video_and_no_frame_is_not(tmp_path):
     path = str(write_video(tmp_path / "v.mp4", [code_picture(5)], fps=10))
-    source, clips = survey(path, "s", ClipConfig(), SceneConfig())
+    source, clips = survey(path, "s", ClipConfig(), SceneConfig(), still=True)
     assert (source["frames"], source["duration_s"], clips) == (1, pytest.approx(0.1), [])
     assert [read_code(p) for p in read_sparse(path, [0.0, 9.0], None)] == [5, 5]
 
