@@ -5,6 +5,7 @@ import os
 import signal
 import threading
 import time
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -90,6 +91,25 @@ def test_running_out_of_memory_is_one_line_with_sizes_and_remedies(
     assert "out of memory on rank 0 (cpu)" in message
     assert "micro-batch of 8 latents 4x4x4x4" in message
     assert "try micro_batch=4 or activation_checkpointing=true or zero_stage=2" in message
+
+
+def test_a_validation_that_fails_costs_no_step_and_is_made_up_for(
+    dataset_dir, tmp_path, monkeypatch
+):
+    train(dataset_dir, tmp_path / "straight")
+    with monkeypatch.context() as context:
+        context.setattr("training.run.validate", Mock(side_effect=RuntimeError("no memory")))
+        with pytest.raises(RuntimeError, match="no memory"):
+            train(dataset_dir, tmp_path / "out")
+    assert find_checkpoints(tmp_path / "out" / "checkpoints")[0].name == "step-00000006"
+
+    def figures(out):
+        rows = read_metrics(tmp_path / out / "metrics.jsonl")
+        return [(row["step"], row["validation_loss"]) for row in rows if "validation_loss" in row]
+
+    train(dataset_dir, tmp_path / "out")
+    assert len(figures("straight")) == 1
+    assert figures("out") == figures("straight")
 
 
 def stop_at(monkeypatch, step):
