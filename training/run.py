@@ -20,7 +20,7 @@ from training.failures import SkippedSteps, memory_errors
 from training.job import TrainJob
 from training.loader import BatchLoader
 from training.means import Means
-from training.metrics import StepMeter, device_peak_flops
+from training.metrics import StepMeter, device_peak_flops, read_metrics
 from training.objective import Draw, Figures, Mean, Objective
 from training.order import BatchOrder
 from training.records import Records
@@ -113,6 +113,8 @@ class Run:
         """
         config = self.config
         meter = self._meter()
+        if self._validation_was_cut_off():
+            self._validate()
         waiting = time.perf_counter()
         for batches in self.loader.steps(self.step, config.steps, self.world.device):
             started = time.perf_counter()
@@ -122,18 +124,32 @@ class Run:
             waiting = time.perf_counter()
             meter.add(waiting - started + waited, waited, batches, extra_forwards)
             last = self.step == config.steps
-            if last or self.step % config.log_every == 0 or self.step == 1:
+            if self._due(config.log_every) or self.step == 1:
                 self._log(losses, meter)
             stopping = stop.agreed() and not last
-            # Who asks to stop may not wait long, so nothing comes before the checkpoint then.
-            if not stopping and (last or self.step % config.validation.every == 0):
-                with memory_errors(config, self.engine.module, (), self.world, validating=True):
-                    self._validate()
-            if last or stopping or self.step % config.checkpoint.every == 0:
+            # Nothing comes before the checkpoint: who asks to stop may not wait long, and a
+            # validation that fails must not cost the steps before it.
+            if stopping or self._due(config.checkpoint.every):
                 self._save()
             if stopping:
                 raise Interrupted(f"stopped at step {self.step}; the same command continues")
+            if self._due(config.validation.every):
+                self._validate()
             waiting = time.perf_counter()
+
+    def _due(self, every: int) -> bool:
+        """Whether something that is done every so many steps, and after the last, is to be done."""
+        return self.step == self.config.steps or self.step % every == 0
+
+    def _validation_was_cut_off(self) -> bool:
+        """Whether the run ended between the checkpoint it goes on from and that step's figures."""
+        if not (self.step and self._due(self.config.validation.every)):
+            return False
+        if not (len(self.held_out) and self.config.validation.samples):
+            return False
+        rows = read_metrics(self.job.metrics_path) if self.world.is_main else ()
+        known = any(row["step"] == self.step and "validation_loss" in row for row in rows)
+        return not any(self.world.gather(known))
 
     def _train_step(
         self, batches: list[Batch], stop: StopRequest
@@ -190,14 +206,15 @@ class Run:
         if not len(self.held_out):
             return
         settings, figures = self.config.validation, {}
-        self.engine.eval()
-        if self.config.ema_decay and settings.samples:
-            figures |= {f"{name}_raw": loss for name, loss in self._held_out_figures().items()}
-        with self.ema.model_averaged() if self.config.ema_decay else nullcontext():
-            if settings.samples:
-                figures |= self._held_out_figures()
-            if settings.videos:
-                self._sample_videos(settings.videos)
+        with memory_errors(self.config, self.engine.module, (), self.world, validating=True):
+            self.engine.eval()
+            if self.config.ema_decay and settings.samples:
+                figures |= {f"{name}_raw": loss for name, loss in self._held_out_figures().items()}
+            with self.ema.model_averaged() if self.config.ema_decay else nullcontext():
+                if settings.samples:
+                    figures |= self._held_out_figures()
+                if settings.videos:
+                    self._sample_videos(settings.videos)
         self.engine.train()
         if figures:
             self.records.write(self.step, figures)

@@ -38,7 +38,7 @@ class StopRequest:
         self.world = world
         self.requested = False
         self._previous: Any = None
-        self._vote: tuple[dist.Work, torch.Tensor] | None = None
+        self._vote: tuple[dist.Work | None, torch.Tensor] | None = None
 
     def __enter__(self) -> StopRequest:
         self._set_handler(self._note)
@@ -68,7 +68,10 @@ class StopRequest:
     def ask(self) -> None:
         """Begin to ask all ranks whether to stop after this step; every rank calls this."""
         flag = torch.tensor([int(self.requested)])
-        work = dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self.world.control, async_op=True)
+        work = None
+        if self.world.size > 1:
+            group = self.world.control
+            work = dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=group, async_op=True)
         self._vote = work, flag
 
     def agreed(self) -> bool:
@@ -76,7 +79,8 @@ class StopRequest:
         assert self._vote is not None, "ask() comes first"
         work, flag = self._vote
         self._vote = None
-        work.wait()
+        if work is not None:
+            work.wait()
         return bool(flag.item())
 
 

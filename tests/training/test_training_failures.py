@@ -5,6 +5,7 @@ import os
 import signal
 import threading
 import time
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -133,6 +134,25 @@ def test_skipped_steps_are_still_counted_after_a_resume(dataset_dir, tmp_path, m
             train(dataset_dir, out, **options)
     rows = list(read_metrics(out / "metrics.jsonl"))
     assert [row["skipped_steps"] for row in rows] == [1, 1, 2, 3]
+
+
+def test_a_validation_that_fails_costs_no_step_and_is_made_up_for(
+    dataset_dir, tmp_path, monkeypatch
+):
+    train(dataset_dir, tmp_path / "straight")
+    with monkeypatch.context() as context:
+        context.setattr("training.run.validate", Mock(side_effect=RuntimeError("no memory")))
+        with pytest.raises(RuntimeError, match="no memory"):
+            train(dataset_dir, tmp_path / "out")
+    assert find_checkpoints(tmp_path / "out" / "checkpoints")[0].name == "step-00000006"
+
+    def figures(out):
+        rows = read_metrics(tmp_path / out / "metrics.jsonl")
+        return [(row["step"], row["validation_loss"]) for row in rows if "validation_loss" in row]
+
+    train(dataset_dir, tmp_path / "out")
+    assert len(figures("straight")) == 1
+    assert figures("out") == figures("straight")
 
 
 def stop_at(monkeypatch, step):

@@ -20,6 +20,8 @@ from streamdit.io import load_model
 from training.checkpoint import find_checkpoints, read_facts
 from training.config import TrainConfig
 from training.tracking import git_revision
+from training.metrics import read_metrics
+from training.objective import FlowMatching
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +70,22 @@ def test_accumulated_micro_batches_equal_one_batch(dataset_dir, tmp_path):
     for micro_batch in (8, 2):
         train(dataset_dir, tmp_path / str(micro_batch), micro_batch=micro_batch)
     assert losses(tmp_path / "2") == pytest.approx(losses(tmp_path / "8"), rel=1e-5)
+
+
+def test_figures_are_computed_for_logged_steps_only(dataset_dir, tmp_path, monkeypatch):
+    figures, computed = FlowMatching._figures, []
+
+    def counted(*arguments):
+        computed.append(arguments)
+        return figures(*arguments)
+
+    monkeypatch.setattr(FlowMatching, "_figures", counted)
+    options = {"log_every": 4, "micro_batch": 4, "validation": {"samples": 0}}
+    train(dataset_dir, tmp_path / "out", **options)
+    rows = [row for row in read_metrics(tmp_path / "out" / "metrics.jsonl") if "loss" in row]
+    assert [row["step"] for row in rows] == [1, 4, 6]
+    assert all("loss_chunk_1" in row or "loss_chunk_4" in row for row in rows)
+    assert len(computed) == 3 * 2  # micro-batches
 
 
 def test_exported_model_is_the_average_and_lineage_says_where_it_came_from(dataset_dir, tmp_path):
