@@ -8,7 +8,9 @@ from dataclasses import dataclass
 
 from pipeline.annotate import annotate
 from pipeline.check import Problem, check_dataset
+from pipeline.counters import latent_counters
 from pipeline.curate import curate_units
+from pipeline.dead_letters import read_unit_dead_letters
 from pipeline.duplicate_table import ALL_UNITS
 from pipeline.encode import encode
 from pipeline.graph import OnProgress
@@ -18,6 +20,7 @@ from pipeline.plan import require_plan
 from pipeline.schema import AUTOENCODER_FOLDER, MANIFEST_FILE
 from pipeline.settings import StageRecord, read_record
 from pipeline.stage_text import NULL_UNIT
+from pipeline.storage import file_size
 from pipeline.store import DatasetPath, Store, open_store
 from streamdit.errors import UserError
 
@@ -45,7 +48,8 @@ def repair_dataset(dataset_dir: DatasetPath, progress: Progress) -> RepairSummar
         progress: called with the name of each job.
 
     Raises:
-        UserError: if the dataset was made by another version, or its autoencoder is damaged.
+        UserError: if the autoencoder is damaged, or a clip table whose videos are gone: neither
+            can be made again. Then nothing is dropped.
     """
     store = open_store(dataset_dir)
     records = {stage: read_record(store, stage) for stage in STAGE_KINDS}
@@ -56,23 +60,51 @@ def repair_dataset(dataset_dir: DatasetPath, progress: Progress) -> RepairSummar
             f"the autoencoder of {store.root} is damaged and cannot be made from the videos: run "
             "`streamdit ingest --only encode --autoencoder DIR` with the one that made the latents"
         )
-    units = _drop(store, {problem.path for problem in problems})
+    damaged = {problem.path for problem in problems}
+    _require_videos(store, damaged)
+    units = _drop(store, damaged)
     if problems:
         store.delete(MANIFEST_FILE)
     _run_again(store, records, progress)
     return RepairSummary(problems, units)
 
 
+def _require_videos(store: Store, damaged: set[str]) -> None:
+    """Refuse to drop tables of clips that cannot be made again, for the videos are gone."""
+    ledger = Ledger(store, "curate")
+    for unit in require_plan(store):
+        marker = ledger.read(unit.name)
+        if marker is None or not damaged & {record.path for record in marker.files}:
+            continue
+        for source in unit.sources:
+            if file_size(source.uri) < 0:
+                raise UserError(
+                    f"clip tables of {store.root} are damaged and cannot be made again without "
+                    f"{source.uri}, which cannot be opened: put the video back, then repair"
+                )
+
+
 def _drop(store: Store, damaged: set[str]) -> int:
-    """Delete files and the markers that list them; returns the number of these."""
+    """Delete files, and what the ledger says of them; returns the units that are touched.
+
+    Latents that are whole stay: a marker without the damaged shard makes `encode` look for the
+    clips that are missing, and no more videos are needed than those of that shard.
+    """
     dropped = 0
     names = [*(unit.name for unit in require_plan(store)), NULL_UNIT, ALL_UNITS]
     for stage in STAGE_KINDS:
         ledger = Ledger(store, stage)
         for unit, marker in ledger.read_all(names).items():
-            if damaged & {record.path for record in marker.files}:
+            whole = tuple(record for record in marker.files if record.path not in damaged)
+            if whole == marker.files:
+                continue
+            dropped += 1
+            if stage == LATENTS and whole:
+                letters = read_unit_dead_letters(store, LATENTS, unit)
+                update = {"files": whole, "counters": latent_counters(whole, letters)}
+                ledger.write(marker.model_copy(update=update))
+            else:
                 store.delete(ledger.path(unit))
-                dropped += 1
     for path in damaged:
         store.delete(path)
     return dropped

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
@@ -27,6 +28,11 @@ def bucket_and_part(path: str) -> tuple[str, int]:
     """Bucket and part of a path that :func:`file_name` made."""
     _, _, bucket, part = Path(path).stem.split("-")
     return bucket, int(part)
+
+
+def free_parts(used: Collection[int]) -> Iterator[int]:
+    """Numbers of parts that a unit does not have yet, from the smallest."""
+    return (part for part in itertools.count() if part not in used)
 
 
 def write_table(
@@ -108,7 +114,7 @@ class ShardWriter:
         bucket: str,
         schema: pa.Schema,
         config: ShardConfig,
-        first_part: int = 0,
+        parts: Iterator[int] | None = None,
     ) -> None:
         self.store = store
         self.kind = kind
@@ -118,8 +124,9 @@ class ShardWriter:
         self.compression = config.compression
         self.row_group_bytes = config.row_group_mb * 1e6
         self.shard_bytes = config.shard_mb * 1e6
-        self.part = first_part
+        self.parts = parts or itertools.count()
         self.records: list[FileRecord] = []
+        self._path = ""
         self._sink: Sink | None = None
         self._writer: pq.ParquetWriter | None = None
         self._rows: list[Mapping[str, Any]] = []
@@ -163,18 +170,14 @@ class ShardWriter:
             )
         )
         self._writer = self._sink = None
-        self.part += 1
         self._shard = self._written = 0
-
-    @property
-    def _path(self) -> str:
-        return file_name(self.kind, self.unit, self.bucket, self.part)
 
     def _flush(self) -> None:
         """Write the rows collected so far as one row group."""
         if not self._rows:
             return
         if self._writer is None:
+            self._path = file_name(self.kind, self.unit, self.bucket, next(self.parts))
             self._sink = self.store.sink(self._path)
             self._writer = open_parquet(self._sink.file, self.schema, self.compression)
         table = pa.Table.from_pylist(self._rows, schema=self.schema)

@@ -19,7 +19,7 @@ from pipeline.latents import clip_bytes, encode_frames, latent_row, lead_latents
 from pipeline.ledger import Ledger, Wanted
 from pipeline.pending import LATENTS, LatentWork, quarantined_sources, select_unit
 from pipeline.schema import AUTOENCODER_FOLDER, LATENT_SCHEMA, FileRecord
-from pipeline.shards import ShardWriter, bucket_and_part
+from pipeline.shards import ShardWriter, bucket_and_part, free_parts
 from pipeline.store import open_store
 from streamdit.config import AutoencoderIdentity
 
@@ -78,7 +78,7 @@ class EncodeLatents:
         return [result_row(unit, work.counters)]
 
     def _encode(self, work: LatentWork, wanted: Wanted, retry_dead: bool) -> None:
-        """Write the missing clips to new shards, after those that are there."""
+        """Write the missing clips to new shards, beside those that are there."""
         ledger = Ledger(self.store, LATENTS)
         ledger.begin(work.unit, wanted)
         records = list(work.marker.files) if work.marker else []
@@ -88,22 +88,23 @@ class EncodeLatents:
         clips = _DecodableClips(self.decoders, work.dead, blocked)
         for shape in self.config.clip.shapes:
             mine = [clip for clip in work.missing if clip["bucket"] == shape.name]
-            first = 1 + max((part for name, part in parts if name == shape.name), default=-1)
-            records += self._write_bucket(work.unit, shape.name, first, clips, mine)
+            used = {part for name, part in parts if name == shape.name}
+            records += self._write_bucket(work.unit, shape.name, used, clips, mine)
+        records.sort(key=lambda record: record.path)
         letters = clips.letters()
         write_dead_letters(self.store, LATENTS, work.unit, letters)
         counters = latent_counters(records, letters)
         ledger.finish(work.unit, wanted, records, counters)
 
     def _write_bucket(
-        self, unit: str, bucket: str, first_part: int, clips: _DecodableClips, rows: list[Row]
+        self, unit: str, bucket: str, used: set[int], clips: _DecodableClips, rows: list[Row]
     ) -> list[FileRecord]:
         """Encode clips of one size and length in batches, into shards of their own."""
         import torch
 
         dtype = getattr(torch, self.config.shards.latent_dtype)
         writer = ShardWriter(
-            self.store, "latent", unit, bucket, LATENT_SCHEMA, self.config.shards, first_part
+            self.store, "latent", unit, bucket, LATENT_SCHEMA, self.config.shards, free_parts(used)
         )
         with writer:
             for batch, frames in clips.batches(rows, self.config.encode.batch):

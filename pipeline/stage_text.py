@@ -61,7 +61,9 @@ class EncodeTexts:
         """Write one text shard; it is never split, so that it keeps its latent shard's name."""
         bucket, part = bucket_and_part(latent_file)
         whole = self.config.shards.model_copy(update={"shard_mb": float("inf")})
-        with ShardWriter(self.store, "text", unit, bucket, self._schema, whole, part) as writer:
+        with ShardWriter(
+            self.store, "text", unit, bucket, self._schema, whole, iter([part])
+        ) as writer:
             for row in self._rows(captions):
                 writer.add(row)
         (record,) = writer.records

@@ -99,6 +99,52 @@ def test_missing_short_and_stray_files_are_named_and_mended(dataset):
     assert file_hashes(dataset) == whole
 
 
+@pytest.fixture
+def many_shards(tmp_path, videos, autoencoder_dir, small_config, without_ray):
+    """A dataset with several shards of each unit, and the folder of its videos."""
+    shards = small_config.shards.model_copy(update={"row_group_mb": 0.0001, "shard_mb": 0.001})
+    config = small_config.model_copy(update={"shards": shards})
+    folder = shutil.copytree(videos, tmp_path / "videos")
+    ingest(tmp_path / "data", folder, autoencoder_dir, config)
+    return tmp_path / "data", folder
+
+
+def test_of_a_unit_with_one_damaged_shard_only_that_one_is_encoded_again(many_shards):
+    dataset, _ = many_shards
+    whole = file_hashes(dataset)
+    shards = sorted((dataset / "latents").glob("*-00001.parquet"))
+    first = shards[0].with_name(shards[0].name.replace("-00001.", "-00000."))
+    untouched = first.stat().st_mtime_ns
+    flip(shards[0])
+    assert repair_dataset(dataset, silent).units == 1
+    assert first.stat().st_mtime_ns == untouched
+    assert file_hashes(dataset) == whole
+
+
+def test_a_repair_without_the_videos_keeps_the_shards_that_are_whole(many_shards):
+    dataset, folder = many_shards
+    shards = sorted((dataset / "latents").glob("*.parquet"))
+    lost = pq.read_metadata(shards[0]).num_rows
+    kept = {path.name: path.read_bytes() for path in shards[1:]}
+    flip(shards[0])
+    shutil.rmtree(folder)
+    repair_dataset(dataset, silent)
+    left = {path.name: path.read_bytes() for path in (dataset / "latents").glob("*.parquet")}
+    assert left == kept
+    assert load_manifest(dataset).selection.rows == 10 - lost
+    assert check_dataset(dataset).problems == ()
+
+
+def test_clip_tables_are_not_dropped_when_the_videos_are_gone(many_shards):
+    dataset, folder = many_shards
+    flip(sorted((dataset / "clips").glob("*.parquet"))[0])
+    shutil.rmtree(folder)
+    before = file_hashes(dataset)
+    with pytest.raises(UserError, match=r"cannot be made again without .*mp4.* put the video back"):
+        repair_dataset(dataset, silent)
+    assert file_hashes(dataset) == before
+
+
 def test_an_index_that_leads_to_other_clips_is_found(dataset):
     manifest = load_manifest(dataset)
     path = dataset / manifest.selection.path
