@@ -19,9 +19,9 @@ from streamdit.errors import UserError
 from streamdit.io import load_model
 from training.checkpoint import find_checkpoints, read_facts
 from training.config import TrainConfig
-from training.tracking import git_revision
 from training.metrics import read_metrics
 from training.objective import FlowMatching
+from training.tracking import git_revision
 
 
 @pytest.fixture(scope="module")
