@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pipeline.child import ChildError, shared_child
@@ -23,7 +23,7 @@ from pipeline.ledger import Ledger, Wanted, fingerprint
 from pipeline.plan import Unit, extend_plan
 from pipeline.removal import finish_removal
 from pipeline.removed import leave_out_removed
-from pipeline.schema import CLIP_SCHEMA, SOURCE_SCHEMA, FileRecord, read_dead_letters
+from pipeline.schema import CLIP_SCHEMA, SOURCE_SCHEMA, FileKind, FileRecord, read_dead_letters
 from pipeline.settings import adopt_settings
 from pipeline.shards import file_name, read_rows, write_table
 from pipeline.sources import Listing, Source, list_sources
@@ -176,9 +176,8 @@ def make_curate_unit(dataset_dir: str, config: IngestConfig) -> Callable[[Row], 
                     )
                 )
                 continue
-            terms = {"licence": source.licence, "attribution": source.attribution}
-            sources.append({**described, "bytes": source.size, **terms})
-            clips.extend({**clip, **terms} for clip in found)
+            sources.append({**described, "bytes": source.size, **_terms(source)})
+            clips.extend({**clip, **_terms(source)} for clip in found)
         ledger.begin(unit.name, wanted)
         files = write_unit(store, unit.name, sources, clips)
         write_dead_letters(store, STAGE, unit.name, dead)
@@ -194,17 +193,36 @@ def kept_rows(
 ) -> tuple[list[Row], list[Row], dict[str, DeadLetter]]:
     """What an earlier run with the same settings found out about the sources of a unit.
 
+    A source is known by its content, so what was found stays true of a video that was moved, or
+    whose terms were changed since; only these are brought up to date.
+
     Returns:
         Rows of the source table, rows of the clip table, and dead letters by source that are not
         tried again.
     """
-    marker = Ledger(store, STAGE).read_matching(unit.name, wanted)
+    ledger = Ledger(store, STAGE)
+    known = ledger.read(unit.name)
+    same = wanted.model_copy(update={"inputs": known.inputs if known else {}})
+    marker = ledger.read_matching(unit.name, same)
     if marker is None:
         return [], [], {}
+    now = {source.source_id: source for source in unit.sources}
+
+    def renewed(kind: FileKind) -> list[Row]:
+        found = [(row, now.get(row["source_id"])) for row in read_rows(store, marker, kind)]
+        return [{**row, "uri": s.uri, **_terms(s)} for row, s in found if s]
+
     letters = read_unit_dead_letters(store, STAGE, unit.name)
-    final = [letter for letter in letters if not letter.retryable and not retry_dead]
-    given_up = {letter.source_id: letter for letter in final if letter.source_id}
-    return read_rows(store, marker, "source"), read_rows(store, marker, "clip"), given_up
+    given_up = {
+        letter.source_id: replace(letter, uri=now[letter.source_id].uri)
+        for letter in letters
+        if letter.source_id in now and not letter.retryable and not retry_dead
+    }
+    return renewed("source"), renewed("clip"), given_up
+
+
+def _terms(source: Source) -> Row:
+    return {"licence": source.licence, "attribution": source.attribution}
 
 
 def survey_in_child(

@@ -1,4 +1,6 @@
-"""Units made again with other settings: what a job that dies halfway leaves is never used."""
+"""What is made again when something changed, and what is not."""
+
+import json
 
 import pytest
 from conftest import file_hashes, write_shots
@@ -7,6 +9,7 @@ from pipeline.annotate import annotate
 from pipeline.curate import curate
 from pipeline.encode import encode
 from pipeline.ledger import Ledger
+from pipeline.schema import read_annotations, read_clips, read_dead_letters, read_sources
 
 
 class Killed(Exception):
@@ -63,3 +66,54 @@ def test_latents_of_an_autoencoder_that_was_given_up_are_not_taken_for_those_of_
     assert shard.stat().st_size == len(kept), "the sizes were meant to tell nothing"
     encode(dataset, autoencoder_dir, config, replace=True)
     assert file_hashes(dataset) == first
+
+
+@pytest.fixture
+def no_work(monkeypatch):
+    """Fail where a video is surveyed or looked at again."""
+
+    def refuse(*_, **__):
+        raise AssertionError("a video was read again")
+
+    def forbid():
+        monkeypatch.setattr("pipeline.curate.survey_in_child", refuse)
+        monkeypatch.setattr("pipeline.annotate.sample_frames", refuse)
+
+    return forbid
+
+
+def test_videos_that_were_moved_are_not_read_again(tmp_path, small_config, without_ray, no_work):
+    videos, dataset = tmp_path / "videos", tmp_path / "data"
+    for step, name in enumerate(("red", "green", "blue")):
+        write_shots(videos / f"{name}.mp4", [name], step=step)
+    (videos / "broken.mp4").write_text("no video")
+    curate([str(videos)], dataset, small_config)
+    annotate(dataset, small_config)
+    before = read_clips(dataset).drop(["uri"]), read_annotations(dataset)
+    moved = videos.rename(tmp_path / "moved")
+    no_work()
+    summary = curate([str(moved)], dataset, small_config)
+    annotate(dataset, small_config)
+    assert (summary.sources, summary.clips, summary.dead) == (3, 6, 1)
+    assert (read_clips(dataset).drop(["uri"]), read_annotations(dataset)) == before
+    for table in (read_sources(dataset), read_clips(dataset), read_dead_letters(dataset)):
+        assert {uri.rpartition("/")[0] for uri in table["uri"].to_pylist()} == {str(moved)}
+
+
+def test_a_licence_told_later_is_written_without_reading_a_video_again(
+    tmp_path, small_config, without_ray, no_work
+):
+    videos, dataset, table = tmp_path / "videos", tmp_path / "data", tmp_path / "videos.jsonl"
+    rows = []
+    for step, name in enumerate(("red", "green")):
+        path = write_shots(videos / f"{name}.mp4", [name], step=step)
+        rows.append({"video": str(path)})
+    table.write_text("\n".join(map(json.dumps, rows)))
+    curate([str(table)], dataset, small_config)
+    terms = {"licence": "CC-BY-4.0", "attribution": "somebody"}
+    table.write_text("\n".join(json.dumps(row | terms) for row in rows))
+    no_work()
+    assert curate([str(table)], dataset, small_config).clips == 4
+    for found in (read_sources(dataset), read_clips(dataset)):
+        for name, value in terms.items():
+            assert set(found[name].to_pylist()) == {value}
