@@ -3,11 +3,15 @@ import numpy as np
 import pytest
 from conftest import scene_pictures, write_video
 
+from pipeline.annotate import annotate
 from pipeline.check import check_dataset
 from pipeline.curate import curate
 from pipeline.duplicate_table import DUPLICATES_FILE, join_duplicates, read_duplicates
 from pipeline.duplicates import find_duplicates, find_groups
+from pipeline.encode import encode
+from pipeline.plan import read_plan
 from pipeline.removal import remove_source
+from pipeline.reselect import preview
 from pipeline.schema import read_clips
 from pipeline.store import open_store
 
@@ -138,3 +142,67 @@ def test_when_the_clip_that_stands_for_others_is_removed_another_takes_its_place
     assert check_dataset(dataset).problems == ()
     (dataset / DUPLICATES_FILE).write_bytes(b"damaged")
     assert [problem.path for problem in check_dataset(dataset).problems] == [DUPLICATES_FILE]
+
+
+class Killed(Exception):
+    """The job ended here."""
+
+
+def test_a_copy_is_left_out_though_the_curation_died_before_it_compared_clips(
+    tmp_path, small_config, autoencoder_dir, without_ray, monkeypatch
+):
+    videos, dataset = tmp_path / "videos", tmp_path / "data"
+    write_video(videos / "first.mp4", textured(1, frames=16))
+    curate([str(videos)], dataset, small_config)
+
+    def dying(*_):
+        raise Killed
+
+    write_video(videos / "copy.mp4", textured(1, frames=16), options={"crf": "26"})
+    with monkeypatch.context() as patch:
+        patch.setattr("pipeline.curate.update_duplicates", dying)
+        with pytest.raises(Killed):
+            curate([str(videos)], dataset, small_config)
+    assert read_duplicates(open_store(dataset)).num_rows == 0
+    annotate(dataset, small_config)
+    assert preview(dataset, "not duplicate").selected == 1
+    selection = small_config.selection.model_copy(update={"expression": "not duplicate"})
+    config = small_config.model_copy(update={"selection": selection})
+    assert encode(dataset, autoencoder_dir, config).clips == 1
+
+
+def test_a_source_can_be_removed_before_an_interrupted_curation_is_finished(
+    tmp_path, small_config, without_ray, monkeypatch
+):
+    videos, dataset = tmp_path / "videos", tmp_path / "data"
+    for name, crf in (("a.mp4", "12"), ("b.mp4", "20")):
+        write_video(videos / name, textured(1, frames=16), options={"crf": crf})
+    curate([str(videos)], dataset, small_config)
+    write_video(videos / "c.mp4", textured(1, frames=16), options={"crf": "26"})
+
+    def dying(*_, **__):
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pipeline.curate.run_units", dying)
+        with pytest.raises(Killed):
+            curate([str(videos)], dataset, small_config)
+    remove_source(dataset, "a.mp4")
+    assert read_duplicates(open_store(dataset)).num_rows == 0
+    (videos / "a.mp4").unlink()
+    summary = curate([str(videos)], dataset, small_config)
+    assert (summary.clips, summary.duplicates) == (2, 1)
+
+
+def test_the_rows_of_one_unit_are_those_of_the_whole_table(tmp_path, small_config, without_ray):
+    videos, dataset = tmp_path / "videos", tmp_path / "data"
+    for crf in ("12", "16", "20", "24"):
+        write_video(videos / f"{crf}.mp4", textured(1, frames=16), options={"crf": crf})
+    curate([str(videos)], dataset, small_config)
+    store = open_store(dataset)
+    whole = read_duplicates(store).to_pylist()
+    units = [unit.name for unit in read_plan(store)]
+    parts = [read_duplicates(store, unit).to_pylist() for unit in sorted(units)]
+    assert [len(part) for part in parts] == [2, 2]
+    assert [row for part in parts for row in part] == whole
+    assert read_duplicates(store, "none").num_rows == 0
