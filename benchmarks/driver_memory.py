@@ -1,10 +1,11 @@
 """What a clip costs the drivers in memory: `python benchmarks/driver_memory.py`.
 
 Datasets of few and of many clips are made up, every unit of which is done (shards hold no latents,
-only rows). In a fresh process each, near duplicates are compared, `encode` finds nothing to do and
-publishes, a selection is tried and published, and the dataset is verified; printed is by how much
-that raised the peak of resident memory, and at the end the growth per clip from the smallest to the
-largest. Options: `--units N...`, `--rows N` (of a portion of the index).
+only rows). In a fresh process near duplicates are compared, `encode` finds nothing to do and
+publishes, a selection is tried and published, and the dataset is verified: first of the smallest
+dataset until that takes no further memory (what threads and allocators keep for themselves), then
+of each; printed is the peak of resident memory, and its growth per clip. Options: `--units N...`
+(of 128 clips), `--rows N` (of a portion of the index), `--readers N` (units read at once).
 """
 
 import argparse
@@ -19,14 +20,16 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline import index
+import pipeline.encode as encode_job
+import pipeline.reselect as reselect_job
+from pipeline import check, duplicate_table, index, ledger
 from pipeline.annotate import annotate_settings, annotate_wanted
 from pipeline.check import check_dataset
 from pipeline.config import IngestConfig
 from pipeline.curate import curate_settings, curate_wanted
 from pipeline.duplicate_table import update_duplicates
 from pipeline.encode import adopt_autoencoder, encode, identity_in_dataset
-from pipeline.ledger import Ledger, Wanted
+from pipeline.ledger import READERS, Ledger, Wanted
 from pipeline.pending import LATENTS, TEXT, TextWork, latent_settings, text_settings
 from pipeline.plan import Unit, read_plan, write_plan
 from pipeline.reselect import preview, reselect
@@ -58,6 +61,7 @@ BUCKET = "16x32x32"
 CAPTION = "a caption as long as captions are, that tells what is to be seen, and how it moves; " * 3
 COPIES = 0.2
 """Share of clips that look like the one before."""
+WARMING = 2
 CONFIG = IngestConfig.model_validate(
     {
         "clip": {"frames": 16, "fps": 16, "height": 32, "width": 32},
@@ -172,74 +176,72 @@ def peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def drive(root: Path, autoencoder: str) -> None:
-    """Print the clips, and what each driver added to the peak."""
-    load_autoencoder(autoencoder)
-    start = peak_bytes()
-    added = {}
+def drive(root: Path, autoencoder: str) -> int:
+    """Run the drivers over a dataset; returns its clips."""
     store = DiskStore(str(root))
     units = [unit.name for unit in read_plan(store)]
     update_duplicates(store, units, CONFIG.scores.duplicate_bits)
-    added["duplicates"] = peak_bytes() - start
     clips = encode(root, autoencoder, CONFIG).clips
     assert clips == len(units) * SOURCES * CLIPS, "everything was meant to be selected"
-    added["encode"] = peak_bytes() - start
-    preview(root, "motion > 0.1 and not duplicate")
-    reselect(root, "motion > 0.1 and not duplicate")
-    added["select"] = peak_bytes() - start
+    expression = "motion > 0.1 and not duplicate"
+    assert preview(root, expression).selected == reselect(root, expression).rows < clips
     assert not check_dataset(root).problems
-    added["verify"] = peak_bytes() - start
-    steps = "   ".join(f"{name} {count / 1e6:6.1f} MB" for name, count in added.items())
-    print(f"{clips:9,} clips   peak above the start, up to: {steps}", file=sys.stderr)
-    print(clips, *added.values())
+    return clips
 
 
-def measure(folder: Path, autoencoder: str, units: int, rows: int) -> tuple[int, list[int]]:
-    """Clips of a dataset of so many units, and bytes that each driver adds."""
-    root = folder / str(units)
-    make_dataset(root, autoencoder, units)
-    command = [sys.executable, __file__, "--rows", str(rows), "--folder", str(root)]
-    done = subprocess.run(
-        [*command, "--autoencoder", autoencoder], check=True, stdout=subprocess.PIPE, text=True
-    )
-    clips, *added = map(int, done.stdout.split())
-    return clips, added
+def measure(roots: list[Path], autoencoder: str) -> None:
+    """Print the peak of each dataset, and the growth from the first to the last."""
+    for _ in range(WARMING):
+        drive(roots[0], autoencoder)
+    peaks = []
+    for root in roots:
+        clips = drive(root, autoencoder)
+        peaks.append((clips, peak_bytes()))
+        print(f"{clips:9,} clips   peak {peaks[-1][1] / 1e6:6.0f} MB")
+    (few, low), *_, (many, high) = peaks
+    print(f"{(high - low) / (many - few):.0f} B for each further clip")
 
 
-def growth(units: list[int], rows: int) -> float:
-    """Bytes that a further clip adds to the peak of the drivers."""
+def prepare(folder: Path, units: list[int]) -> list[str]:
+    """Make the datasets; returns the arguments of a process that measures them."""
     os.fsync = lambda _: None  # nobody needs these files after a crash
-    with tempfile.TemporaryDirectory(prefix="driver-memory-") as temporary:
-        folder = Path(temporary)
-        autoencoder = CausalAutoencoder(
-            CausalAutoencoderConfig(
-                latent_channels=4,
-                patch=(4, 8, 8),
-                widths=(8,),
-                strides=(),
-                encoder_blocks=(1,),
-                decoder_blocks=(1,),
-            )
+    autoencoder = CausalAutoencoder(
+        CausalAutoencoderConfig(
+            latent_channels=4,
+            patch=(4, 8, 8),
+            widths=(8,),
+            strides=(),
+            encoder_blocks=(1,),
+            decoder_blocks=(1,),
         )
-        save_autoencoder(autoencoder, folder / AUTOENCODER_FOLDER)
-        measured = [measure(folder, str(folder / AUTOENCODER_FOLDER), n, rows) for n in units]
-    (few, low), *_, (many, high) = measured
-    return (high[-1] - low[-1]) / (many - few)
+    )
+    where = str(folder / AUTOENCODER_FOLDER)
+    save_autoencoder(autoencoder, where)
+    roots = [folder / str(count) for count in units]
+    for root, count in zip(roots, units, strict=True):
+        make_dataset(root, where, count)
+    return ["--autoencoder", where, "--measure", *map(str, roots)]
 
 
 def main() -> None:
-    """Measure each size in a process of its own."""
+    """Measure in a process of its own, which has made nothing."""
     parser = argparse.ArgumentParser(description="Memory of the drivers as a dataset grows.")
-    parser.add_argument("--units", type=int, nargs="+", default=[800, 6400])
+    parser.add_argument("--units", type=int, nargs="+", default=[512, 2048])
     parser.add_argument("--rows", type=int, default=index.ROW_GROUP)
-    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--readers", type=int, default=READERS)
+    parser.add_argument("--measure", type=Path, nargs="+", help=argparse.SUPPRESS)
     parser.add_argument("--autoencoder", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    index.ROW_GROUP = options.rows
-    if options.folder:
-        drive(options.folder, options.autoencoder)
-    else:
-        print(f"{growth(options.units, options.rows):.0f} B for each further clip")
+    if options.measure:
+        index.ROW_GROUP = options.rows
+        for module in (check, duplicate_table, encode_job, index, ledger, reselect_job):
+            module.READERS = options.readers
+        measure(options.measure, options.autoencoder)
+        return
+    sizes = ["--rows", str(options.rows), "--readers", str(options.readers)]
+    with tempfile.TemporaryDirectory(prefix="driver-memory-") as temporary:
+        arguments = prepare(Path(temporary), options.units)
+        subprocess.run([sys.executable, __file__, *sizes, *arguments], check=True)
 
 
 if __name__ == "__main__":
