@@ -84,7 +84,7 @@ def no_work(monkeypatch):
 
 def test_videos_that_were_moved_are_not_read_again(tmp_path, small_config, without_ray, no_work):
     videos, dataset = tmp_path / "videos", tmp_path / "data"
-    for step, name in enumerate(("red", "green", "blue")):
+    for step, name in enumerate(("red", "green", "blue"), start=1):
         write_shots(videos / f"{name}.mp4", [name], step=step)
     (videos / "broken.mp4").write_text("no video")
     curate([str(videos)], dataset, small_config)
@@ -105,7 +105,7 @@ def test_a_licence_told_later_is_written_without_reading_a_video_again(
 ):
     videos, dataset, table = tmp_path / "videos", tmp_path / "data", tmp_path / "videos.jsonl"
     rows = []
-    for step, name in enumerate(("red", "green")):
+    for step, name in enumerate(("red", "green"), start=1):
         path = write_shots(videos / f"{name}.mp4", [name], step=step)
         rows.append({"video": str(path)})
     table.write_text("\n".join(map(json.dumps, rows)))
