@@ -122,17 +122,25 @@ class FlowMatching:
         partition: training mix, schedule and sigma_min.
         buffer_frames: B.
         caption_dropout: share of captions replaced by the empty one.
+        device: where batches will lie; default: the CPU.
     """
 
     def __init__(
-        self, partition: PartitionConfig, buffer_frames: int, caption_dropout: float
+        self,
+        partition: PartitionConfig,
+        buffer_frames: int,
+        caption_dropout: float,
+        device: torch.device | None = None,
     ) -> None:
         mixture = PartitionMixture(partition, buffer_frames)
         self.draw = MixtureDraw(mixture, caption_dropout)
         self.chunk_sizes = sorted({scheme.c for scheme in mixture.schemes})
         segments = min(MOST_SEGMENTS, max(scheme.N for scheme in mixture.schemes))
         # Ends of the noise segments that the loss is reported by, the noisiest first.
-        self.segment_ends = apply_gamma(torch.arange(1, segments) / segments, partition.gamma)
+        ends = apply_gamma(torch.arange(1, segments) / segments, partition.gamma)
+        # Copied once: a copy in a step would make the host wait for the device.
+        self.segment_ends = ends.to(device)
+        self.sizes = torch.tensor(self.chunk_sizes, device=device)
         self.sigma_min = partition.sigma_min
 
     def __call__(
@@ -157,8 +165,7 @@ class FlowMatching:
 
     def _by_chunk_size(self, per_sample: Tensor, chunk_frames: Tensor) -> Metrics:
         """Loss of the samples of each chunk size."""
-        sizes = torch.tensor(self.chunk_sizes, device=per_sample.device)
-        member = chunk_frames[:, None] == sizes
+        member = chunk_frames[:, None] == self.sizes
         totals, weights = (per_sample[:, None] * member).sum(dim=0), member.sum(dim=0)
         return {
             f"loss_chunk_{size}": Mean(totals[index], weights[index])
@@ -167,7 +174,7 @@ class FlowMatching:
 
     def _by_segment(self, per_frame: Tensor, weight: Tensor, tau: Tensor) -> Metrics:
         """Loss of the frames in each noise segment, 1 the noisiest; references lie in none."""
-        ends = self.segment_ends.to(tau.device)
+        ends = self.segment_ends
         member = one_hot(torch.bucketize(tau, ends, right=True), len(ends) + 1)
         totals = (per_frame[..., None] * member).sum(dim=(0, 1))
         weights = (weight[..., None] * member).sum(dim=(0, 1))
@@ -182,4 +189,4 @@ def make_flow_matching(job: TrainJob, device: torch.device) -> FlowMatching:
     from training.config import TrainConfig
 
     assert isinstance(job.config, TrainConfig)
-    return FlowMatching(job.partition, job.model.buffer_frames, job.config.caption_dropout)
+    return FlowMatching(job.partition, job.model.buffer_frames, job.config.caption_dropout, device)

@@ -24,9 +24,9 @@ def batch_of(latents):
     return Batch(latents, states(1.0, count), states(0.0, 1), ["c"] * count, list(range(count)))
 
 
-def objective(*entries, dropout=0.0, sigma_min=0.0):
+def objective(*entries, dropout=0.0, sigma_min=0.0, device=None):
     parts = tuple(PartitionEntry(chunk_frames=c, reference_frames=k) for k, c in entries)
-    return FlowMatching(PartitionConfig(entries=parts, sigma_min=sigma_min), 4, dropout)
+    return FlowMatching(PartitionConfig(entries=parts, sigma_min=sigma_min), 4, dropout, device)
 
 
 def draws_for(objective, latents, seed=0):
@@ -118,7 +118,7 @@ def test_a_dropped_caption_is_the_empty_one_whatever_the_lengths():
 
 def test_a_loss_makes_the_host_wait_for_no_tensor():
     """On a device that has no values to wait for."""
-    flow = objective((0, 1), (0, 4), dropout=0.5)
+    flow = objective((0, 1), (0, 4), dropout=0.5, device=torch.device("meta"))
     latents = torch.randn(3, 4, 2, 3, 3)
     draws = {name: value.to("meta") for name, value in draws_for(flow, latents).items()}
     with NoHostReads():
