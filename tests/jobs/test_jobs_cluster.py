@@ -12,11 +12,14 @@ from pathlib import Path
 
 import pytest
 import yaml
-from latent_dataset import tiny_autoencoder, train_settings
+from latent_dataset import tiny_autoencoder, train_settings, write_dataset
+from mlflow import MlflowClient
+from mlflow_server import mlflow_server, s3_client
 from ray_head import ray_head
 
 import streamdit
 from evaluation.sprites import SpriteWorldConfig, make_world
+from streamdit.io import read_model_config
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("streamdit", "pipeline", "training", "distillation", "evaluation", "jobs", "configs")
@@ -84,6 +87,14 @@ def submitted(said):
     return re.search(r"submitted (\S+):", said).group(1)
 
 
+def run(head, work, *words):
+    """Submit a job that has to succeed; returns what was said."""
+    status, said = streamdit_command(head, work, "submit", *words)
+    assert status == 0, said
+    assert "succeeded" in said.splitlines()[-1]
+    return said
+
+
 def test_four_jobs_in_sequence_end_in_a_model_that_is_loaded_by_alias(
     head, work, tmp_path, monkeypatch
 ):
@@ -92,26 +103,21 @@ def test_four_jobs_in_sequence_end_in_a_model_that_is_loaded_by_alias(
     tiny_autoencoder(shared / "autoencoder")
     store = f"sqlite:///{shared}/mlflow/mlflow.db"
 
-    def run(*words):
-        status, said = streamdit_command(head, work, "submit", *words)
-        assert status == 0, said
-        assert "succeeded" in said.splitlines()[-1]
-        return said
-
     said = run(
-        *("ingest", shared / "videos", "--out", shared / "data", "--preset", "demo"),
+        *(head, work, "ingest", shared / "videos", "--out", shared / "data", "--preset", "demo"),
         *("--config", "ingest.yaml", "--autoencoder", shared / "autoencoder"),
     )
     assert "selected" in said, "the job's own summary is followed"
     run(
-        *("train", shared / "data", "--out", shared / "teacher", "--preset", "demo"),
+        *(head, work, "train", shared / "data", "--out", shared / "teacher", "--preset", "demo"),
         *("--config", "train.yaml", "launch.workers=1"),
     )
     run(
-        *("distill", shared / "data", "--teacher", shared / "teacher/model"),
+        *(head, work, "distill", shared / "data", "--teacher", shared / "teacher/model"),
         *("--out", shared / "student", "--preset", "demo", "--config", "distill.yaml"),
     )
-    run("register", shared / "student/model", "--name", "from-cluster", "--alias", "production")
+    words = ("--name", "from-cluster", "--alias", "production")
+    run(head, work, "register", shared / "student/model", *words)
 
     monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
     model = streamdit.load("models:/from-cluster@production")
@@ -124,6 +130,28 @@ def test_four_jobs_in_sequence_end_in_a_model_that_is_loaded_by_alias(
     commands = [job["entrypoint"].split()[2] for job in jobs[:4]]
     assert commands == ["jobs.register", "jobs.distill", "jobs.train", "jobs.ingest"]
     assert {job["status"] for job in jobs[:4]} == {"SUCCEEDED"}
+
+
+def test_jobs_track_and_register_through_the_server_of_a_team(head, work, tmp_path, monkeypatch):
+    """An MLflow server on PostgreSQL, with artifacts in an S3 store that jobs have no keys of."""
+    dataset, out = write_dataset(tmp_path / "data"), tmp_path / "run"
+    with mlflow_server(tmp_path) as (address, store):
+        tracked = ("--env", f"MLFLOW_TRACKING_URI={address}")
+        words = ("--preset", "demo", "--config", "train.yaml", "launch.workers=1")
+        run(head, work, "train", *tracked, dataset, "--out", out, *words)
+        words = ("--name", "of-the-team", "--alias", "production")
+        run(head, work, "register", *tracked, out / "model", *words)
+
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
+        loaded = streamdit.load("models:/of-the-team@production")
+        assert loaded.config.weights_sha256 == read_model_config(out / "model").weights_sha256
+        client = MlflowClient(address)
+        tracked_run = client.get_run(loaded.config.lineage["run_id"])
+        assert tracked_run.info.status == "FINISHED"
+        losses = client.get_metric_history(tracked_run.info.run_id, "loss")
+        assert [metric.step for metric in losses] == [1, 2, 3, 4]
+        kept = s3_client(store).list_objects_v2(Bucket="mlflow")["Contents"]
+        assert any(entry["Key"].endswith("model.safetensors") for entry in kept)
 
 
 def test_failed_job_has_its_own_exit_status_and_message(head, work, tmp_path):
