@@ -23,6 +23,14 @@ def _no_models_left_in_the_users_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("STREAMDIT_CACHE", str(tmp_path / "cache"))
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _no_ray_left_behind():
+    """Tests of one file may share a runtime, which commands start in this process; no others."""
+    yield
+    if "ray" in sys.modules:
+        sys.modules["ray"].shutdown()
+
+
 @pytest.fixture
 def one_worker(monkeypatch):
     """This process is the only worker of a run, as if torchrun had started it."""

@@ -99,6 +99,7 @@ def two_nodes(monkeypatch):
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths))
     # Without a dashboard of its own, at a port where no other Ray's answers for it.
     head = {"num_cpus": 1, "object_store_memory": 100 << 20, "dashboard_port": free_port()}
+    ray.shutdown()  # a runtime that is up already would be used instead
     cluster = Cluster(initialize_head=True, head_node_args=head)
     cluster.add_node(num_cpus=1, object_store_memory=100 << 20)
     try:
