@@ -6,7 +6,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-PYTEST := $(BIN)/pytest
+# Tests run in this many processes.
+WORKERS ?= 2
+PYTEST := $(BIN)/pytest -n $(WORKERS) --dist loadgroup
 CHECKED := streamdit pipeline training distillation evaluation jobs configs tests benchmarks docs/hooks
 
 .DEFAULT_GOAL := help

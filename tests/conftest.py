@@ -6,6 +6,18 @@ import sys
 
 import pytest
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Before PyTorch counts the cores, which the test processes share.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Tests of a file run in one process, which has its fixtures once; pages of the docs in any."""
+    for item in items:
+        if item.get_closest_marker("any_process") is None:
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+
 
 @pytest.fixture(autouse=True)
 def _no_tracking_store_left_behind():

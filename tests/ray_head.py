@@ -48,6 +48,8 @@ def ray_head(folder: Path, cpus: int = 2, agent_port: int | None = None) -> Iter
             *("--dashboard-host", "127.0.0.1", "--dashboard-port", str(dashboard)),
             *("--ray-client-server-port", str(client), "--num-cpus", str(cpus)),
             *("--dashboard-agent-listen-port", str(agent_port or agent)),
+            # Any free port: two heads would hand out the same range.
+            *("--min-worker-port", "0", "--max-worker-port", "0"),
             *("--object-store-memory", "200000000", "--temp-dir", str(temporary)),
         ],
         stdout=log,

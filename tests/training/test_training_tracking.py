@@ -319,7 +319,6 @@ def test_a_run_outlives_its_tracking_server_and_catches_up(tmp_path, monkeypatch
     port = free_port()
     uri = f"http://127.0.0.1:{port}"
     monkeypatch.setattr("training.outbox.RETRY_AFTER_S", 0.2)
-    monkeypatch.setattr("training.outbox.CLOSE_WAIT_S", 120.0)
     servers = [serve(tmp_path, port)]
     train_step = Run._train_step
 
@@ -334,9 +333,12 @@ def test_a_run_outlives_its_tracking_server_and_catches_up(tmp_path, monkeypatch
     out = tmp_path / "out"
     options = {"tracking": {"uri": uri}}
     try:
-        train(dataset, out, crash_at=4, **options)  # leaves records behind in its file
+        with monkeypatch.context() as impatient:
+            impatient.setattr("training.outbox.CLOSE_WAIT_S", 1.0)
+            train(dataset, out, crash_at=4, **options)  # leaves records behind in its file
         kept = [json.loads(line) for line in (out / "mlflow-outbox.jsonl").open()]
         assert any(call["kind"] == "metrics" for call in kept)
+        monkeypatch.setattr("training.outbox.CLOSE_WAIT_S", 120.0)
         train(dataset, out, **options)
         assert len(servers) == 2
         run_id = json.loads((out / "mlflow-run.json").read_text())["run_id"]
