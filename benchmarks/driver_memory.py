@@ -24,6 +24,7 @@ import pipeline.encode as encode_job
 import pipeline.reselect as reselect_job
 from pipeline import check, duplicate_table, index, ledger
 from pipeline.annotate import annotate_settings, annotate_wanted
+from pipeline.catalogue import Source
 from pipeline.check import check_dataset
 from pipeline.config import IngestConfig
 from pipeline.curate import curate_settings, curate_wanted
@@ -44,7 +45,6 @@ from pipeline.schema import (
 )
 from pipeline.settings import adopt_settings
 from pipeline.shards import file_name, write_table
-from pipeline.sources import Source
 from pipeline.stage_text import NULL_UNIT
 from pipeline.store import DiskStore
 from streamdit.autoencoder import (
@@ -144,7 +144,7 @@ def _write_unit(
     Ledger(store, "curate").finish(unit.name, wanted, files, counters)
     path = file_name("annotation", unit.name)
     note = write_table(store, path, "annotation", notes, ANNOTATION_SCHEMA)
-    wanted = annotate_wanted(store, [unit], CONFIG, prints["annotate"])[unit.name]
+    wanted = annotate_wanted(store, unit, CONFIG, prints["annotate"])
     Ledger(store, "annotate").finish(unit.name, wanted, [note], {"clips": len(clips)})
     rows = [{"clip_id": clip["clip_id"], "latent": b""} for clip in clips]
     shard = write_table(

@@ -22,14 +22,15 @@ import numpy as np
 from pipeline.config import IngestConfig
 from pipeline.curate import make_curate_unit
 from pipeline.graph import Row, ensure_ray, run_units
-from pipeline.plan import Unit, extend_plan
+from pipeline.plan import Unit, extend_plan, read_plan, unit_tasks, write_plan
 from pipeline.sources import list_sources
+from pipeline.store import open_store
 
 HEIGHT, WIDTH, FPS = 360, 640, 25
 UNIT_SOURCES = 8
 WARM_UNITS = 2
 
-Way = Callable[[Sequence[Unit], Path], None]
+Way = Callable[[Sequence[Row], Path], None]
 CONFIG = IngestConfig()
 
 
@@ -51,24 +52,20 @@ def write_videos(folder: Path, sources: int, seconds: float) -> None:
         (folder / f"video-{i}.mp4").write_bytes(content + i.to_bytes(8, "big"))
 
 
-def tasks_of(units: Sequence[Unit]) -> list[Row]:
-    return [{"unit": unit.to_json(), "settings": "s", "retry_dead": False} for unit in units]
-
-
-def plain_loop(units: Sequence[Unit], dataset: Path) -> None:
+def plain_loop(tasks: Sequence[Row], dataset: Path) -> None:
     """The stage function, unit after unit."""
     stage = make_curate_unit(str(dataset), CONFIG)
-    for task in tasks_of(units):
+    for task in tasks:
         list(stage(task))
 
 
 def on_ray(workers: int) -> Way:
     """The stage function as `curate` runs it."""
 
-    def run(units: Sequence[Unit], dataset: Path) -> None:
+    def run(tasks: Sequence[Row], dataset: Path) -> None:
         stage = make_curate_unit(str(dataset), CONFIG)
-        done = list(run_units(tasks_of(units), stage, workers=workers))
-        assert len(done) == len(units)
+        done = list(run_units(tasks, stage, workers=workers))
+        assert len(done) == len(tasks)
 
     return run
 
@@ -76,8 +73,8 @@ def on_ray(workers: int) -> Way:
 def in_processes(pools: Sequence[ProcessPoolExecutor]) -> Way:
     """A plain loop over a share of the units in each process."""
 
-    def run(units: Sequence[Unit], dataset: Path) -> None:
-        shares = [units[i :: len(pools)] for i in range(len(pools))]
+    def run(tasks: Sequence[Row], dataset: Path) -> None:
+        shares = [tasks[i :: len(pools)] for i in range(len(pools))]
         loops = [
             pool.submit(plain_loop, share, dataset)
             for pool, share in zip(pools, shares, strict=True)
@@ -89,15 +86,17 @@ def in_processes(pools: Sequence[ProcessPoolExecutor]) -> Way:
 
 
 def measure(
-    ways: dict[str, Way], units: Sequence[Unit], folder: Path, rounds: int
+    ways: dict[str, Way], plan: Sequence[Unit], folder: Path, rounds: int
 ) -> dict[str, list[float]]:
     """Seconds of each way in each round, after a round with a few units that does not count."""
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for i in range(rounds + 1):
         for number, (name, run) in enumerate(ways.items()):
             dataset = folder / f"data-{i}-{number}"
+            write_plan(dataset, plan if i else plan[:WARM_UNITS])
+            tasks = unit_tasks(open_store(dataset), (), settings="s", retry_dead=False)
             started = time.perf_counter()
-            run(units if i else units[:WARM_UNITS], dataset)
+            run(tasks, dataset)
             if i:
                 seconds[name].append(time.perf_counter() - started)
     return seconds
@@ -120,7 +119,8 @@ def main() -> None:
         write_videos(folder / "videos", options.sources, options.seconds)
         sources = list_sources([str(folder / "videos")]).sources
         assert len(sources) == options.sources
-        units = extend_plan(folder / "plan", sources, UNIT_SOURCES)
+        extend_plan(folder / "plan", sources, UNIT_SOURCES)
+        units = list(read_plan(folder / "plan"))
         ensure_ray()
         ways = {
             "plain loop": plain_loop,

@@ -31,9 +31,9 @@ def list_and_plan(folder: Path) -> None:
     start = peak_bytes()
     listing = list_sources([str(folder / "videos")])
     listed = peak_bytes()
-    units = extend_plan(folder / "data", listing.sources, UNIT_SOURCES)
+    count = len(listing.sources)
+    extend_plan(folder / "data", listing.sources, UNIT_SOURCES)
     planned = peak_bytes()
-    count = sum(len(unit.sources) for unit in units)
     print(
         f"{count:9,} sources   listing {(listed - start) / count:6.0f} B each   "
         f"with the plan {(planned - start) / count:6.0f} B each"

@@ -4,10 +4,11 @@
     python benchmarks/mixed_partitions.py runs/demo --out runs/mixed [--steps 1600] [--prompts 64]
 
 Three models are trained from the same start, on the same clips, for as many steps: with chunks of
-one frame only, with the whole buffer as one chunk only, and with all chunk sizes mixed. All are
-then streamed with c = 1 (arXiv:2507.03745v4, Tab. 3) on prompts whose combination no training clip
-shows, and the exact scorer says what they got right. A stream begins either as an ordinary video or
-as a ramp; a model that never saw the one may still do the other, so both are shown.
+one frame only, with the whole buffer as one chunk only, and with all chunk sizes mixed (the demo's
+own teacher, if it was trained so). All are then streamed with c = 1 (arXiv:2507.03745v4, Tab. 3)
+on prompts whose combination no training clip shows, and the exact scorer says what they got right.
+A stream begins either as an ordinary video or as a ramp; a model that never saw the one may still
+do the other, so both are shown.
 
 It can be stopped at any time: the same command continues. Results: OUT/mixed_partitions.md.
 """
@@ -58,6 +59,12 @@ def train(
     demo: DemoSettings, name: str, partition: PartitionConfig, options: argparse.Namespace
 ) -> Path:
     """Train one model, or find it finished; returns its model directory."""
+    if partition == demo.train.partition and options.steps == demo.train.steps:
+        config = demo.train.model_copy(update={"seed": options.seed})
+        finished = training_job(config, options.demo / "dataset", options.demo / "teacher")
+        if finished.finished():
+            say(f"{name}: the demo's own teacher")
+            return finished.model_directory
     chunk = partition.entries[0].chunk_frames
     config = TrainConfig.model_validate(
         demo.train.model_dump()
@@ -80,8 +87,11 @@ def declared_for_all(model: Path, partition: PartitionConfig) -> Path:
     What is measured here is how a model does with chunks that it never saw, which `streamdit.load`
     rightly refuses.
     """
+    given = read_model_config(model)
+    if given.partition == partition:
+        return model
     copy = model.with_name("model-any-scheme")
-    config = read_model_config(model).model_copy(update={"partition": partition})
+    config = given.model_copy(update={"partition": partition})
     if not (copy / CONFIG_FILE).is_file() or read_model_config(copy) != config:
         shutil.rmtree(copy, ignore_errors=True)
         shutil.copytree(model, copy)

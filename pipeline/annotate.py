@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from pipeline.captioners import Caption, Captioner, build_captioner
+from pipeline.catalogue import Source
 from pipeline.child import ChildError
 from pipeline.config import IngestConfig
 from pipeline.counters import annotate_counters, is_lost
@@ -18,12 +19,19 @@ from pipeline.decoders import TAKE_DECODER
 from pipeline.graph import OnProgress, Row, result_row, run_stage, run_units
 from pipeline.ledger import CLIPS_INPUT, Ledger, Marker, Wanted, require_markers
 from pipeline.picture_scores import PICTURE_SCORES, PictureScores
-from pipeline.plan import Unit, require_plan, sidecar_key, sidecar_uris
+from pipeline.plan import (
+    Unit,
+    read_plan,
+    require_unit_names,
+    sidecar_key,
+    sidecar_uris,
+    unit_of,
+    unit_tasks,
+)
 from pipeline.removal import finish_removal
 from pipeline.schema import ANNOTATION_SCHEMA
 from pipeline.settings import adopt_settings
 from pipeline.shards import file_name, read_rows, write_table
-from pipeline.sources import Source
 from pipeline.storage import content_version
 from pipeline.store import DatasetPath, Store, open_store
 from pipeline.threads import map_in_order
@@ -76,20 +84,11 @@ def annotate(
     """
     store = open_store(dataset_dir)
     finish_removal(store)
-    units = require_plan(store)
+    units = require_unit_names(store)
     (settings,) = adopt_settings(store, {STAGE: annotate_settings(config)}, config).values()
-    wanted = annotate_wanted(store, units, config, settings)
     ledger = Ledger(store, STAGE)
-    done = ledger.read_done(wanted, retry_dead)
-    tasks = [
-        {
-            "unit": unit.to_json(),
-            "wanted": wanted[unit.name].model_dump_json(),
-            "retry_dead": retry_dead,
-        }
-        for unit in units
-        if unit.name not in done
-    ]
+    done = ledger.read_done(_each_wanted(store, config, settings), retry_dead)
+    tasks = unit_tasks(store, done, settings, retry_dead)
     constructor = {"dataset_dir": store.root, "config": config}
     results = run_units(
         tasks,
@@ -100,9 +99,9 @@ def annotate(
         gpus=config.annotate.gpus,
     )
     limit = DeadLimit(store, STAGE, config.limits)
-    totals = run_stage(list(wanted), done, results, on_progress, limit)
+    totals = run_stage(units, done, results, on_progress, limit)
     if tasks:
-        ledger.sweep(wanted)
+        ledger.sweep(units)
     return AnnotateSummary(
         clips=int(totals.get("clips", 0)),
         captions=int(totals.get("captions", 0)),
@@ -123,26 +122,26 @@ def annotate_settings(config: IngestConfig) -> dict[str, Any]:
     }
 
 
-def annotate_wanted(
-    store: Store, units: Sequence[Unit], config: IngestConfig, settings: str
-) -> dict[str, Wanted]:
-    """What the annotations of each unit depend on: its clip table, and its caption files.
+def annotate_wanted(store: Store, unit: Unit, config: IngestConfig, settings: str) -> Wanted:
+    """What the annotations of a unit depend on: its clip table, and its caption files.
 
     Raises:
-        UserError: if a unit is not curated.
+        UserError: if the unit is not curated.
     """
-    with_files = config.captions.captioner == "sidecar"
-    uris = [uri for unit in units for uri in sidecar_uris(unit)] if with_files else []
-    versions = dict(zip(uris, map_in_order(content_version, uris, VERSION_THREADS), strict=True))
-    wanted = {}
-    markers = require_markers(store, "curate", [unit.name for unit in units])
-    for unit in units:
-        tables = markers[unit.name].files
-        clips = ",".join(record.sha256 for record in tables if record.kind == "clip")
-        beside = sidecar_uris(unit) if with_files else []
-        files = {sidecar_key(uri): versions[uri] for uri in beside}
-        wanted[unit.name] = Wanted(settings=settings, inputs={CLIPS_INPUT: clips, **files})
-    return wanted
+    tables = require_markers(store, "curate", [unit.name])[unit.name].files
+    clips = ",".join(record.sha256 for record in tables if record.kind == "clip")
+    beside = sidecar_uris(unit) if config.captions.captioner == "sidecar" else []
+    files = {sidecar_key(uri): content_version(uri) for uri in beside}
+    return Wanted(settings=settings, inputs={CLIPS_INPUT: clips, **files})
+
+
+def _each_wanted(store: Store, config: IngestConfig, settings: str) -> Iterator[tuple[str, Wanted]]:
+    """:func:`annotate_wanted` of every unit, with its name."""
+
+    def look(unit: Unit) -> tuple[str, Wanted]:
+        return unit.name, annotate_wanted(store, unit, config, settings)
+
+    return map_in_order(look, read_plan(store), VERSION_THREADS)
 
 
 class AnnotateUnit:
@@ -161,7 +160,8 @@ class AnnotateUnit:
 
     def __call__(self, row: Row) -> Iterable[Row]:
         """Annotate the clips of one unit."""
-        unit, wanted = Unit.from_json(row["unit"]), Wanted.model_validate_json(row["wanted"])
+        unit = unit_of(self.store, row)
+        wanted = annotate_wanted(self.store, unit, self.config, row["settings"])
         ledger = Ledger(self.store, STAGE)
         attempt = ledger.attempt(unit.name, wanted)
         curated = require_markers(self.store, "curate", [unit.name])[unit.name]

@@ -77,3 +77,7 @@ def list_members(archive: str, file: BinaryIO) -> Iterator[Member]:
             if info.offset_data + info.size > length:
                 raise tarfile.ReadError(f"the archive ends within {info.name}")
             yield Member(archive, info.offset_data, info.size, info.name)
+        # tarfile takes a header that is cut off or damaged for the end, which is zeros or nothing.
+        file.seek(tar.offset)
+        if any(file.read(tarfile.BLOCKSIZE)):
+            raise tarfile.ReadError(f"the archive is damaged or cut off at byte {tar.offset}")

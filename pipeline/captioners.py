@@ -12,11 +12,11 @@ from typing import Any, Protocol
 import numpy as np
 
 from pipeline.captions import Cue, caption_for, read_cues
+from pipeline.catalogue import Source
 from pipeline.child import ChildError, describe_error
 from pipeline.coca import CocaCaptioner
 from pipeline.config import CaptionConfig
 from pipeline.endpoint import EndpointCaptioner, EndpointError
-from pipeline.sources import Source
 
 Clip = Mapping[str, Any]
 """A row of the clip table."""

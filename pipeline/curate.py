@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from pipeline.catalogue import Source
 from pipeline.child import ChildError, shared_child
 from pipeline.config import IngestConfig
 from pipeline.counters import curate_counters
@@ -21,13 +22,13 @@ from pipeline.dead_letters import (
 from pipeline.duplicate_table import count_duplicates, update_duplicates
 from pipeline.graph import OnProgress, Row, result_row, run_stage, run_units
 from pipeline.ledger import Ledger, Wanted, fingerprint
-from pipeline.plan import Unit, extend_plan
+from pipeline.plan import Unit, extend_plan, read_plan, require_unit_names, unit_of, unit_tasks
 from pipeline.removal import finish_removal
 from pipeline.removed import leave_out_removed
 from pipeline.schema import CLIP_SCHEMA, SOURCE_SCHEMA, FileKind, FileRecord, read_dead_letters
 from pipeline.settings import adopt_settings
 from pipeline.shards import file_name, read_rows, write_table
-from pipeline.sources import Listing, Source, list_sources
+from pipeline.sources import Listing, list_sources
 from pipeline.storage import is_s3
 from pipeline.store import DatasetPath, Store, open_store
 from pipeline.survey import survey
@@ -93,7 +94,7 @@ def curate(
     found = {"inputs": len(listing.sources) + len(letters), "lost": len(letters)}
     DeadLimit(store, LIST, config.limits).check(found)
     units = extend_plan(store, listing.sources, config.unit_sources)
-    totals = curate_units(store, units, config, settings, on_progress, retry_dead)
+    totals = curate_units(store, config, settings, on_progress, retry_dead)
     summary = CurateSummary(
         sources=int(totals.get("sources", 0)),
         clips=int(totals.get("clips", 0)),
@@ -101,7 +102,7 @@ def curate(
         dead=int(totals.get("dead", 0)) + len(letters),
         video_s=totals.get("video_s", 0.0),
         skipped=dict(sorted(listing.skipped.items())),
-        units=len(units),
+        units=units,
     )
     if not summary.clips:
         raise _no_clips(store, summary, config)
@@ -110,28 +111,23 @@ def curate(
 
 def curate_units(
     store: Store,
-    units: Sequence[Unit],
     config: IngestConfig,
     settings: str,
     on_progress: OnProgress | None = None,
     retry_dead: bool = False,
 ) -> dict[str, float]:
-    """Do the units that are not done, then compare all clips; returns the totals over all."""
+    """Do the units of the plan that are not done, then compare all clips; totals over all."""
     ledger = Ledger(store, STAGE)
-    wanted = {unit.name: curate_wanted(unit, settings) for unit in units}
+    wanted = ((unit.name, curate_wanted(unit, settings)) for unit in read_plan(store))
     done = ledger.read_done(wanted, retry_dead)
-    tasks = [
-        {"unit": unit.to_json(), "settings": settings, "retry_dead": retry_dead}
-        for unit in units
-        if unit.name not in done
-    ]
+    units, tasks = require_unit_names(store), unit_tasks(store, done, settings, retry_dead)
     stage = make_curate_unit(store.root, config)
     results = run_units(tasks, stage, workers=config.workers, cpus=config.threads)
     limit = DeadLimit(store, STAGE, config.limits)
-    totals = run_stage(list(wanted), done, results, on_progress, limit)
+    totals = run_stage(units, done, results, on_progress, limit)
     if tasks:
-        ledger.sweep(wanted)
-    update_duplicates(store, list(wanted), config.scores.duplicate_bits)
+        ledger.sweep(units)
+    update_duplicates(store, units, config.scores.duplicate_bits)
     return {**totals, "duplicates": count_duplicates(store)}
 
 
@@ -157,7 +153,8 @@ def make_curate_unit(dataset_dir: str, config: IngestConfig) -> Callable[[Row], 
     """Stage function: takes a unit, writes its source and clip tables and its marker."""
 
     def curate_unit(row: Row) -> Iterable[Row]:
-        store, unit = open_store(dataset_dir), Unit.from_json(row["unit"])
+        store = open_store(dataset_dir)
+        unit = unit_of(store, row)
         ledger, wanted = Ledger(store, STAGE), curate_wanted(unit, row["settings"])
         attempt = ledger.attempt(unit.name, wanted)
         sources, clips, given_up = kept_rows(store, unit, wanted, row["retry_dead"])
@@ -276,15 +273,15 @@ def _unreadable(listing: Listing) -> list[DeadLetter]:
 
 def _earlier_letters(store: Store, inputs: Sequence[str], listing: Listing) -> list[DeadLetter]:
     """Letters of files that this listing did not look for: they came with other inputs."""
-    earlier = {letter.uri: letter for letter in read_unit_dead_letters(store, LIST, LISTING)}
+    earlier = read_unit_dead_letters(store, LIST, LISTING)
     places = [name if is_s3(name) else os.path.abspath(os.path.expanduser(name)) for name in inputs]
     folders = tuple(f"{place.rstrip('/')}/" for place in places)
-    seen = {uri for uri, *_ in listing.dead} | {uri for uri in listing.settled if uri in earlier}
-    seen |= {source.uri for source in listing.sources if source.uri in earlier}
     return [
         letter
-        for uri, letter in earlier.items()
-        if uri not in seen and uri not in places and not uri.startswith(folders)
+        for letter in earlier
+        if letter.uri not in places
+        and not letter.uri.startswith(folders)
+        and not listing.has_seen(letter.uri)
     ]
 
 

@@ -204,7 +204,7 @@ class _Encoding:
         )
         wanted = dict(zip(self.units, inputs, strict=True))
         wanted[NULL_UNIT] = Wanted(settings=settings)
-        done = ledger.read_done(wanted)
+        done = ledger.read_done(wanted.items())
         tasks = [{"unit": unit, "settings": settings} for unit in wanted if unit not in done]
         if tasks:
             self._withdraw()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -123,25 +123,31 @@ class Ledger:
         return marker if all(intact) else None
 
     def read_done(
-        self, wanted: Mapping[str, Wanted], retry_dead: bool = False
+        self, wanted: Iterable[tuple[str, Wanted]], retry_dead: bool = False
     ) -> dict[str, dict[str, float]]:
         """Counters of the units that need no work.
 
         Inputs that failed for a passing reason get :data:`MAX_ATTEMPTS` runs in all; with
         `retry_dead` whatever failed gets another one.
+
+        Args:
+            wanted: units, each with what its files depend on; they are taken as they are needed.
+            retry_dead: see above.
         """
         sizes: dict[str, int] = {}
         for kind in STAGE_KINDS[self.stage]:
             sizes |= self.store.files(FOLDERS[kind])
 
-        def look(unit: str) -> dict[str, float] | None:
+        def look(item: tuple[str, Wanted]) -> tuple[str, dict[str, float] | None]:
+            unit, needed = item
             marker = self.read(unit)
-            if marker is None or not marker.fits(wanted[unit]):
-                return None
+            if marker is None or not marker.fits(needed):
+                return unit, None
             intact = all(sizes.get(record.path) == record.bytes for record in marker.files)
-            return marker.counters if intact and not marker.is_to_be_retried(retry_dead) else None
+            again = not intact or marker.is_to_be_retried(retry_dead)
+            return unit, None if again else marker.counters
 
-        found = zip(wanted, map_in_order(look, wanted, READERS), strict=True)
+        found = map_in_order(look, wanted, READERS)
         return {unit: counters for unit, counters in found if counters is not None}
 
     def begin(self, unit: str, wanted: Wanted) -> None:

@@ -8,7 +8,7 @@ import os
 import tarfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from pipeline.archives import (
@@ -18,6 +18,7 @@ from pipeline.archives import (
     Member,
     list_members,
 )
+from pipeline.catalogue import NOTHING, Catalogue, Entry
 from pipeline.manifests import (
     FOLDER_MANIFESTS,
     ManifestError,
@@ -50,47 +51,24 @@ SIDECAR_SUFFIXES = (".vtt", ".json", ".txt")
 LIST_SUFFIXES = (".txt", ".list")
 PARTIAL_SUFFIXES = (".part", ".partial", ".crdownload", ".download", ".tmp", ".temp", ".aria2")
 LOOKING_THREADS = 8
-NOTHING = Note()
-
-
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """A file that may be a video."""
-
-    uri: str
-    size: int | None = None
-    """Bytes; none where nobody has looked yet, -1 where they cannot be told."""
-    note: Note = NOTHING
-    """What its archive says about it."""
-    sidecars: tuple[str, ...] = ()
-    """Caption files that lie in its archive."""
 
 
 @dataclass
 class Found:
     """Files by what they are, before any video is opened."""
 
-    videos: dict[str, Entry] = field(default_factory=dict)
-    unknown: list[Entry] = field(default_factory=list)
-    beside: dict[str, set[str]] = field(default_factory=dict)
-    """Address without suffix to the suffixes of caption files there."""
-    notes: dict[str, Note] = field(default_factory=dict)
-    """Address of a video to what tables say about it."""
+    catalogue: Catalogue = field(default_factory=Catalogue)
+    """Videos, and what lies beside them or is told about them."""
     skipped: dict[str, int] = field(default_factory=dict)
     """Reason to number of files left out."""
     unreadable: list[tuple[str, Exception]] = field(default_factory=list)
-    """Archives and tables that cannot be read, or not to their end."""
-    opened: list[str] = field(default_factory=list)
+    """Archives, tables and folders that cannot be read, or not to their end."""
+    opened: set[str] = field(default_factory=set)
     """Archives and tables that were read."""
 
     def skip(self, reason: str) -> None:
         """Count one file left out."""
         self.skipped[reason] = self.skipped.get(reason, 0) + 1
-
-    def note(self, notes: dict[str, Note]) -> None:
-        """Add what a table says."""
-        for uri, note in notes.items():
-            self.notes[uri] = self.notes.get(uri, Note()) + note
 
 
 def find_files(inputs: Sequence[str]) -> Found:
@@ -110,28 +88,39 @@ def _sort_in(entry: Entry, found: Found) -> None:
     """Put a file where it belongs."""
     kind = _kind(entry.uri)
     if kind == "video":
-        known = found.videos.get(entry.uri)
-        found.videos[entry.uri] = entry if known is None else replace(known, size=entry.size)
+        found.catalogue.add_video(entry)
     elif kind == "unknown":
-        found.unknown.append(entry)
+        found.catalogue.add_unknown(entry)
     elif kind == "sidecar":
-        stem, suffix = os.path.splitext(entry.uri)
-        found.beside.setdefault(stem, set()).add(suffix)
+        found.catalogue.add_captions(entry.uri)
     elif kind == "table":
         try:
-            found.note(read_manifest(entry.uri))
-            found.opened.append(entry.uri)
+            _read_table(entry.uri, found.catalogue, names=False)
+            found.opened.add(entry.uri)
         except ManifestError as error:
             found.unreadable.append((entry.uri, error))
     elif kind == "archive":
         try:
             for member in _list_archive(entry.uri):
                 _sort_in(member, found)
-            found.opened.append(entry.uri)
+            found.opened.add(entry.uri)
         except (OSError, tarfile.TarError, CompressedArchiveError) as error:
             found.unreadable.append((entry.uri, error))
     else:
         found.skip(kind)
+
+
+def _read_table(uri: str, catalogue: Catalogue, names: bool) -> None:
+    """Note what a table says, and with `names` which videos it names.
+
+    Raises:
+        ManifestError: if it cannot be read; then nothing of it is noted.
+    """
+    with catalogue.all_or_nothing():
+        for address, note in read_manifest(uri):
+            catalogue.add_note(address, note)
+            if names:
+                catalogue.add_name(address)
 
 
 def _kind(uri: str) -> str:
@@ -155,19 +144,19 @@ def _kind(uri: str) -> str:
 
 def _look_inside(found: Found) -> None:
     """Tell videos among the files whose name says nothing."""
-    answers = map_in_order(_is_video, found.unknown, LOOKING_THREADS)
-    for entry, is_video in zip(found.unknown, answers, strict=True):
+    answers = map_in_order(_told_apart, found.catalogue.unknown(), LOOKING_THREADS)
+    for entry, is_video in answers:
         if is_video:
-            found.videos[entry.uri] = entry
+            found.catalogue.add_video(entry)
         else:
             found.skip("not video")
 
 
-def _is_video(entry: Entry) -> bool:
+def _told_apart(entry: Entry) -> tuple[Entry, bool]:
     try:
-        return looks_like_video(read_span(entry.uri, 0, SIGNATURE_BYTES))
+        return entry, looks_like_video(read_span(entry.uri, 0, SIGNATURE_BYTES))
     except OSError:
-        return False
+        return entry, False
 
 
 def _expand(inputs: Iterable[str], found: Found) -> Iterator[Entry]:
@@ -178,24 +167,23 @@ def _expand(inputs: Iterable[str], found: Found) -> Iterator[Entry]:
             continue
         path = name if is_s3(name) else str(Path(name).expanduser().absolute())
         if os.path.isdir(path):
-            yield from _list_folder(Path(path))
+            yield from _list_folder(path, found)
         elif not is_s3(name) and not os.path.exists(path):
             raise UserError(f"input {name} does not exist: check the path")
         elif is_manifest(path):
-            notes = read_manifest(path)
-            found.note(notes)
-            yield from _named(notes)
+            _read_table(path, found.catalogue, names=True)
+            yield from _named(found.catalogue.take_names(), found)
         elif path.lower().endswith(LIST_SUFFIXES):
-            yield from _named(_read_list(Path(path)))
+            yield from _named(_read_list(Path(path)), found)
         else:
             yield from _with_sidecars(path)
 
 
-def _named(addresses: Iterable[str]) -> Iterator[Entry]:
+def _named(addresses: Iterable[str], found: Found) -> Iterator[Entry]:
     """Files that a list or table names; one that is missing is the business of its dead letter."""
     for address in addresses:
         if not is_s3(address) and os.path.isdir(address):
-            yield from _list_folder(Path(address))
+            yield from _list_folder(address, found)
         elif is_s3(address) and _kind(address) not in ("video", "archive"):
             yield from _list_prefix(address)
         elif is_s3(address):
@@ -213,26 +201,36 @@ def _with_sidecars(path: str) -> Iterator[Entry]:
             yield Entry(beside)
 
 
-def _read_list(path: Path) -> list[str]:
+def _read_list(path: Path) -> Iterator[str]:
     """Addresses in a list file; relative ones are relative to the list, `#` starts a comment."""
-    lines = (line.strip() for line in path.read_text(encoding="utf-8-sig").split("\n"))
-    names = [line for line in lines if line and not line.startswith("#")]
-    if any(name.lower().endswith(LIST_SUFFIXES) or is_manifest(name) for name in names):
-        raise UserError(
-            f"list {path} names another list or table: name videos, folders or s3:// prefixes, and "
-            "give further lists as inputs of their own"
-        )
-    return [resolve(name, str(path.parent)) for name in names]
+    with path.open(encoding="utf-8-sig") as file:
+        for line in file:
+            name = line.strip()
+            if not name or name.startswith("#"):
+                continue
+            if name.lower().endswith(LIST_SUFFIXES) or is_manifest(name):
+                raise UserError(
+                    f"list {path} names another list or table: name videos, folders or s3:// "
+                    "prefixes, and give further lists as inputs of their own"
+                )
+            yield resolve(name, str(path.parent))
 
 
-def _list_folder(folder: Path) -> Iterator[Entry]:
-    """Files below `folder`, hidden folders left out."""
-    for parent, folders, files in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(files):
-            path = os.path.join(parent, name)
-            # A link whose target is gone has no size; reading it will say so.
-            yield Entry(path, file_size(path))
+def _list_folder(folder: str, found: Found) -> Iterator[Entry]:
+    """Files below `folder`, hidden folders and linked ones left out."""
+    waiting = [folder]
+    while waiting:
+        place = waiting.pop()
+        try:
+            with os.scandir(place) as entries:
+                for entry in entries:
+                    if not entry.is_dir():
+                        # A link whose target is gone has no size; reading it will say so.
+                        yield Entry(entry.path, file_size(entry.path))
+                    elif not entry.name.startswith(".") and not entry.is_symlink():
+                        waiting.append(entry.path)
+        except OSError as error:
+            found.unreadable.append((place, error))
 
 
 def _list_archive(uri: str) -> Iterator[Entry]:

@@ -14,14 +14,15 @@ import posixpath
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 from urllib.parse import quote
 
-from pipeline.storage import DATA_PREFIX, is_s3, read_bytes
+from pipeline.storage import DATA_PREFIX, is_s3, open_binary
 from streamdit.errors import UserError
 
 MANIFEST_SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet")
 FOLDER_MANIFESTS = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
+PARQUET_ROWS = 1000
 
 ADDRESS_COLUMNS = ("uri", "video", "path", "video_path", "file_name", "url")
 CAPTION_COLUMNS = ("caption", "text", "prompt", "description")
@@ -95,25 +96,24 @@ def is_manifest(uri: str) -> bool:
     return uri.lower().endswith(MANIFEST_SUFFIXES)
 
 
-def read_manifest(uri: str) -> dict[str, Note]:
-    """Videos of the table at `uri` (path or `s3://`), each with what the table says about it.
+def read_manifest(uri: str) -> Iterator[tuple[str, Note]]:
+    """Address and note of each row of the table at `uri` (path or `s3://`).
 
     Relative addresses are relative to the table's folder. Column names are those at the top of
-    this module, in any case; others are left out.
+    this module, in any case; others are left out. Rows come as they are read: an error may come
+    after some.
 
     Raises:
         ManifestError: if the table cannot be read, or no column tells where the videos are.
     """
     folder = uri.rpartition("/")[0]
-    notes: dict[str, Note] = {}
     done = 0
     try:
         for row in _rows(uri):
             address = _first_text(row, ADDRESS_COLUMNS)
             if address is None:
                 raise _no_address(uri, done + 1, row)
-            place = resolve(address, folder)
-            notes[place] = notes.get(place, Note()) + Note.of(row)
+            yield resolve(address, folder), Note.of(row)
             done += 1
     except ManifestError:
         raise
@@ -122,7 +122,6 @@ def read_manifest(uri: str) -> dict[str, Note]:
             f"manifest {uri} cannot be read after {done} rows ({' '.join(str(error).split())}): "
             "write UTF-8 CSV with a header, JSON lines or Parquet"
         ) from None
-    return notes
 
 
 def resolve(address: str, folder: str) -> str:
@@ -138,29 +137,34 @@ def resolve(address: str, folder: str) -> str:
 def _rows(uri: str) -> Iterator[dict[str, Any]]:
     """Rows with lower-case column names."""
     suffix = uri.lower().rsplit(".", 1)[-1]
-    content = read_bytes(uri)
-    if suffix == "parquet":
-        raw: Iterable[Mapping[str, Any]] = _parquet_rows(content)
-    elif suffix in ("csv", "tsv"):
-        text = io.StringIO(content.decode("utf-8-sig"), newline="")
-        raw = csv.DictReader(text, delimiter="\t" if suffix == "tsv" else ",", strict=True)
-    else:
-        # Not splitlines(): JSON may hold other line separators within its texts.
-        lines = content.decode("utf-8-sig").split("\n")
-        raw = (json.loads(line) for line in lines if line.strip())
-    for row in raw:
-        if not isinstance(row, Mapping):
-            raise ValueError(f"{row!r} is not an object")
-        yield {str(name).lower(): value for name, value in row.items() if name is not None}
+    with open_binary(uri) as file:
+        if suffix == "parquet":
+            raw: Iterable[Mapping[str, Any]] = _parquet_rows(file)
+        elif suffix in ("csv", "tsv"):
+            text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
+            raw = csv.DictReader(text, delimiter="\t" if suffix == "tsv" else ",", strict=True)
+        else:
+            raw = _json_rows(file)
+        for row in raw:
+            if not isinstance(row, Mapping):
+                raise ValueError(f"{row!r} is not an object")
+            yield {str(name).lower(): value for name, value in row.items() if name is not None}
 
 
-def _parquet_rows(content: bytes) -> Iterator[dict[str, Any]]:
-    import pyarrow as pa
+def _json_rows(file: BinaryIO) -> Iterator[Any]:
+    # Lines of bytes: JSON may hold other line separators within its texts.
+    for number, line in enumerate(file):
+        text = line.decode("utf-8" if number else "utf-8-sig")
+        if text.strip():
+            yield json.loads(text)
+
+
+def _parquet_rows(file: BinaryIO) -> Iterator[dict[str, Any]]:
     import pyarrow.parquet as pq
 
-    with pq.ParquetFile(pa.BufferReader(content)) as file:
-        known = [name for name in file.schema_arrow.names if name.lower() in COLUMNS]
-        for batch in file.iter_batches(columns=known):
+    with pq.ParquetFile(file, pre_buffer=False) as table:
+        known = [name for name in table.schema_arrow.names if name.lower() in COLUMNS]
+        for batch in table.iter_batches(batch_size=PARQUET_ROWS, columns=known):
             yield from batch.to_pylist()
 
 

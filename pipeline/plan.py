@@ -7,14 +7,15 @@ another place keeps its unit.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import NoReturn
+from typing import Any
 
-from pipeline.sources import Source
-from pipeline.storage import DATA_PREFIX, is_s3, open_binary
+from pipeline.catalogue import Source, Sources
+from pipeline.storage import DATA_PREFIX, is_s3, open_binary, read_span
 from pipeline.store import DatasetPath, Store, open_store
 from streamdit.errors import UserError
 
@@ -31,87 +32,125 @@ class Unit:
     """Members, sorted by id."""
 
     def to_json(self) -> str:
-        """As text, to travel in a row."""
+        """As a line of the plan."""
         return json.dumps({"name": self.name, "sources": [asdict(s) for s in self.sources]})
 
     @staticmethod
     def from_json(text: str) -> Unit:
         """The inverse of :meth:`to_json`."""
         values = json.loads(text)
-        sources = (
-            Source(**{**source, "sidecars": tuple(source["sidecars"])})
-            for source in values["sources"]
-        )
-        return Unit(values["name"], tuple(sources))
+        return Unit(values["name"], tuple(Source.of(source) for source in values["sources"]))
 
 
-def read_plan(dataset_dir: DatasetPath | Store) -> list[Unit]:
-    """Units of a dataset directory; empty where nothing was curated yet."""
-    return list(_each_unit(open_store(dataset_dir)))
+@dataclass(frozen=True)
+class UnitPlace:
+    """Where a unit stands in the plan: what a driver keeps of it, and sends to a worker."""
+
+    name: str
+    """See :class:`Unit`."""
+    start: int
+    """Its first byte in the plan."""
+    length: int
+    """Bytes."""
+
+    def read(self, store: Store) -> Unit:
+        """The unit.
+
+        Raises:
+            RuntimeError: if the plan was replaced since.
+        """
+        line = read_span(store.uri(PLAN_FILE), self.start, self.length)
+        try:
+            unit = Unit.from_json(line.decode("utf-8"))
+        except ValueError:
+            pass
+        else:
+            if unit.name == self.name:
+                return unit
+        raise RuntimeError(f"{store.uri(PLAN_FILE)} was replaced while a job read it")
 
 
-def _each_unit(store: Store) -> Iterator[Unit]:
-    """Units of the plan, line by line: there may be a million sources."""
+def read_plan(dataset_dir: DatasetPath | Store) -> Iterator[Unit]:
+    """Units of a dataset directory, one by one; none where nothing was curated yet."""
+    for _, unit in read_places(dataset_dir):
+        yield unit
+
+
+def read_places(dataset_dir: DatasetPath | Store) -> Iterator[tuple[UnitPlace, Unit]]:
+    """:func:`read_plan`, each with its place."""
+    store = open_store(dataset_dir)
     try:
         file = open_binary(store.uri(PLAN_FILE))
     except FileNotFoundError:
         return
     with file:
+        start = 0
         for line in file:
-            yield Unit.from_json(line.decode("utf-8"))
+            unit = Unit.from_json(line.decode("utf-8"))
+            yield UnitPlace(unit.name, start, len(line)), unit
+            start += len(line)
 
 
-def write_plan(dataset_dir: DatasetPath | Store, units: Sequence[Unit]) -> None:
-    """Replace the plan."""
+def write_plan(dataset_dir: DatasetPath | Store, units: Iterable[Unit]) -> int:
+    """Replace the plan, which `units` may be read from meanwhile; returns their number."""
     sink = open_store(dataset_dir).sink(PLAN_FILE)
-    for unit in units:  # one by one: there may be a million sources
+    count = 0
+    for unit in units:
         sink.file.write((unit.to_json() + "\n").encode("utf-8"))
+        count += 1
     sink.finish()
+    return count
 
 
-def require_plan(dataset_dir: DatasetPath | Store) -> list[Unit]:
-    """Units of a dataset directory that must have been curated.
+def require_unit_names(dataset_dir: DatasetPath | Store) -> list[str]:
+    """Names of the units of a dataset directory that must have been curated.
 
     Raises:
         UserError: if it was not.
     """
     store = open_store(dataset_dir)
-    return read_plan(store) or _refuse(store)
+    names = [unit.name for unit in read_plan(store)]
+    if not names:
+        raise UserError(
+            f"dataset {store.root} holds no sources: run `streamdit ingest --only curate` on your "
+            "videos first"
+        )
+    return names
 
 
-def require_unit_names(dataset_dir: DatasetPath | Store) -> list[str]:
-    """Names of the units alone, for what needs no list of a million sources.
-
-    Raises:
-        UserError: if the dataset was not curated.
-    """
-    store = open_store(dataset_dir)
-    return [unit.name for unit in _each_unit(store)] or _refuse(store)
-
-
-def _refuse(store: Store) -> NoReturn:
-    raise UserError(
-        f"dataset {store.root} holds no sources: run `streamdit ingest --only curate` on your "
-        "videos first"
-    )
-
-
-def extend_plan(
-    dataset_dir: DatasetPath | Store, sources: Sequence[Source], unit_sources: int
-) -> list[Unit]:
-    """Add the sources that are new to the plan and write it; returns all units."""
-    units = read_plan(dataset_dir)
-    found = {source.source_id: source for source in sources}
-    units = [
-        replace(unit, sources=tuple(_renew(s, found.pop(s.source_id, s)) for s in unit.sources))
-        for unit in units
+def unit_tasks(
+    store: Store, done: Collection[str], settings: str, retry_dead: bool
+) -> list[dict[str, Any]]:
+    """A row for a stage for each unit that is not done; see :func:`unit_of`."""
+    return [
+        {"unit": asdict(place), "settings": settings, "retry_dead": retry_dead}
+        for place, unit in read_places(store)
+        if unit.name not in done
     ]
-    new = [found[source_id] for source_id in sorted(found)]
-    for first in range(0, len(new), unit_sources):
-        members = tuple(new[first : first + unit_sources])
-        units.append(Unit(_unit_name(members), members))
-    write_plan(dataset_dir, units)
-    return units
+
+
+def unit_of(store: Store, row: Mapping[str, Any]) -> Unit:
+    """The unit that a row of :func:`unit_tasks` is about."""
+    return UnitPlace(**row["unit"]).read(store)
+
+
+def extend_plan(dataset_dir: DatasetPath | Store, sources: Sources, unit_sources: int) -> int:
+    """Add sources to the plan; returns the number of units.
+
+    Those that the plan knows already are taken out of `sources`. Memory holds a unit at a time:
+    there may be a million sources.
+    """
+    return write_plan(dataset_dir, _extended(read_plan(dataset_dir), sources, unit_sources))
+
+
+def _extended(units: Iterable[Unit], sources: Sources, unit_sources: int) -> Iterator[Unit]:
+    for unit in units:
+        yield replace(
+            unit, sources=tuple(_renew(s, sources.take(s.source_id) or s) for s in unit.sources)
+        )
+    new = iter(sources)
+    while members := tuple(itertools.islice(new, unit_sources)):
+        yield Unit(_unit_name(members), members)
 
 
 def _renew(known: Source, found: Source) -> Source:

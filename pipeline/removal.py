@@ -6,7 +6,7 @@ interrupted is finished by the next command on the dataset, whichever it is.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import pyarrow as pa
@@ -113,40 +113,51 @@ def finish_removal(store: Store) -> None:
         ) from None
     store.delete(MANIFEST_FILE)
     forbid(store, note.source_ids)
-    units = read_plan(store)
-    _rewrite_tables(store, note, {unit.name for unit in units} - set(note.units))
-    for unit in units:
+    others = {unit.name for unit in read_plan(store)} - set(note.units)
+    _rewrite_tables(store, note, others)
+    for unit in read_plan(store):
         if unit.name in note.units:
             _rewrite_markers(store, _without(unit, note))
-    left = [unit.name for unit in units if _without(unit, note).sources]
+    left = [unit.name for unit in read_plan(store) if _without(unit, note).sources]
     # Of a curation that was interrupted, the rest is compared when it is finished.
     require_duplicates(store, list(Ledger(store, "curate").read_all(left)))
     if note.manifest:
         _republish(store, note.manifest, note.units)
-    kept = [_without(unit, note) for unit in units]
-    write_plan(store, [unit for unit in kept if unit.sources])
+    kept = (_without(unit, note) for unit in read_plan(store))
+    write_plan(store, (unit for unit in kept if unit.sources))
     store.delete(NOTE_FILE)
 
 
 def _find(store: Store, name: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Ids and addresses of the source that `name` means."""
-    sources = [source for unit in read_plan(store) for source in unit.sources]
-    known = {source.uri: source.source_id for source in sources}
-    for row in read_dead_letters(store).to_pylist():
-        known.setdefault(row["uri"], row["source_id"] or "")
-    uris = [uri for uri, source_id in known.items() if name in (uri, source_id)]
-    uris = uris or [uri for uri in known if uri.rsplit("/", 1)[-1] == name]
-    if not uris:
+    exact: dict[str, str] = {}
+    called: dict[str, str] = {}
+    for uri, source_id in _addresses(store):
+        if name in (uri, source_id):
+            exact.setdefault(uri, source_id)
+        elif uri.rsplit("/", 1)[-1] == name:
+            called.setdefault(uri, source_id)
+    found = exact or called
+    if not found:
         raise UserError(
             f"dataset {store.root} has no source {name}: give the id, the address or the file name "
-            f"of one of its {len(known):,} sources"
+            "of one"
         )
-    if len({known[uri] or uri for uri in uris}) > 1:
+    if len({source_id or uri for uri, source_id in found.items()}) > 1:
         raise UserError(
-            f"{len(uris)} sources of {store.root} are called {name}: give the address of one, such "
-            f"as {uris[0]}"
+            f"{len(found)} sources of {store.root} are called {name}: give the address of one, "
+            f"such as {next(iter(found))}"
         )
-    return tuple({known[uri] for uri in uris if known[uri]}), tuple(uris)
+    return tuple({source_id for source_id in found.values() if source_id}), tuple(found)
+
+
+def _addresses(store: Store) -> Iterator[tuple[str, str]]:
+    """Address and id of every source, then of what could not be read, whose id may be empty."""
+    for unit in read_plan(store):
+        for source in unit.sources:
+            yield source.uri, source.source_id
+    for row in read_dead_letters(store).to_pylist():
+        yield row["uri"], row["source_id"] or ""
 
 
 def _clips_of(store: Store, units: Sequence[str], source_ids: Sequence[str]) -> list[str]:

@@ -21,11 +21,9 @@ def read_removed(store: Store) -> set[str]:
 
 def leave_out_removed(store: Store, listing: Listing) -> Listing:
     """The listing without sources that were removed from the dataset; they are counted."""
-    removed = read_removed(store)
-    left = [source for source in listing.sources if source.source_id not in removed]
-    if gone := len(listing.sources) - len(left):
-        listing.skipped["removed"] = gone
-    listing.sources = left
+    gone = [name for name in read_removed(store) if listing.sources.take(name)]
+    if gone:
+        listing.skipped["removed"] = len(gone)
     return listing
 
 

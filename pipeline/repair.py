@@ -16,7 +16,7 @@ from pipeline.encode import encode
 from pipeline.graph import OnProgress
 from pipeline.ledger import STAGE_KINDS, Ledger
 from pipeline.pending import LATENTS
-from pipeline.plan import require_plan
+from pipeline.plan import read_plan, require_unit_names
 from pipeline.schema import AUTOENCODER_FOLDER, MANIFEST_FILE
 from pipeline.settings import StageRecord, read_record
 from pipeline.stage_text import NULL_UNIT
@@ -72,7 +72,7 @@ def repair_dataset(dataset_dir: DatasetPath, progress: Progress) -> RepairSummar
 def _require_videos(store: Store, damaged: set[str]) -> None:
     """Refuse to drop tables of clips that cannot be made again, for the videos are gone."""
     ledger = Ledger(store, "curate")
-    for unit in require_plan(store):
+    for unit in read_plan(store):
         marker = ledger.read(unit.name)
         if marker is None or not damaged & {record.path for record in marker.files}:
             continue
@@ -91,7 +91,7 @@ def _drop(store: Store, damaged: set[str]) -> int:
     clips that are missing, and no more videos are needed than those of that shard.
     """
     dropped = 0
-    names = [*(unit.name for unit in require_plan(store)), NULL_UNIT, ALL_UNITS]
+    names = [*require_unit_names(store), NULL_UNIT, ALL_UNITS]
     for stage in STAGE_KINDS:
         ledger = Ledger(store, stage)
         for unit, marker in ledger.read_all(names).items():
@@ -114,8 +114,7 @@ def _run_again(store: Store, records: dict[str, StageRecord | None], progress: P
     """The jobs that had run before; what is whole they leave alone."""
     if curated := records["curate"]:
         with progress("curate") as on_progress:
-            units = require_plan(store)
-            curate_units(store, units, curated.config, curated.fingerprint, on_progress)
+            curate_units(store, curated.config, curated.fingerprint, on_progress)
     if annotated := records["annotate"]:
         with progress("annotate") as on_progress:
             annotate(store.root, annotated.config, on_progress)

@@ -7,9 +7,9 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from pipeline.catalogue import Catalogue, Entry, Source, Sources
 from pipeline.child import describe_error
-from pipeline.listing import SIDECAR_SUFFIXES, VIDEO_SUFFIXES, Entry, Found, find_files
-from pipeline.manifests import Note
+from pipeline.listing import SIDECAR_SUFFIXES, VIDEO_SUFFIXES, find_files
 from pipeline.storage import file_size, is_s3, read_span
 from pipeline.threads import map_in_order
 from streamdit.errors import UserError
@@ -18,36 +18,24 @@ HASHED_BYTES = 1 << 20
 HASHING_THREADS = 8
 
 
-@dataclass(frozen=True, slots=True)
-class Source:
-    """One video, known by its content."""
-
-    source_id: str
-    """Hash of its size, first and last megabyte; 16 hexadecimal digits."""
-    uri: str
-    """Absolute path, `s3://` address, or address in an archive (:mod:`pipeline.archives`)."""
-    size: int
-    """Bytes."""
-    sidecars: tuple[str, ...] = ()
-    """Addresses of its captions, in the order of preference."""
-    licence: str | None = None
-    """Terms of use, where a table tells them."""
-    attribution: str | None = None
-    """Whom to name, where a table tells it."""
-
-
 @dataclass
 class Listing:
     """What a listing found, and what it left out."""
 
-    sources: list[Source] = field(default_factory=list)
-    """Sorted by id; of files with the same content, the one whose address sorts first."""
+    sources: Sources = field(default_factory=Sources)
+    """Of files with the same content, the one whose address sorts first."""
     skipped: dict[str, int] = field(default_factory=dict)
     """Reason (`hidden`, `partial`, `not video`, `duplicate`) to number of files."""
     dead: list[tuple[str, str, str, bool]] = field(default_factory=list)
     """Files that cannot be read: address, error class, message, whether to try again."""
-    settled: list[str] = field(default_factory=list)
-    """Addresses that were read and are no sources: duplicates, archives and tables."""
+    opened: set[str] = field(default_factory=set)
+    """Archives and tables, those too that cannot be read."""
+    catalogue: Catalogue = field(default_factory=Catalogue)
+    """Every video that was found, readable or not, duplicates too."""
+
+    def has_seen(self, uri: str) -> bool:
+        """Whether this listing found the file, whatever became of it."""
+        return uri in self.opened or self.catalogue.has_video(uri)
 
 
 def list_sources(inputs: Sequence[str]) -> Listing:
@@ -68,37 +56,34 @@ def list_sources(inputs: Sequence[str]) -> Listing:
     listing = Listing(
         skipped=found.skipped,
         dead=[(uri, *describe_error(error)) for uri, error in found.unreadable],
-        settled=found.opened,
+        opened=found.opened | {uri for uri, _ in found.unreadable},
+        catalogue=found.catalogue,
     )
-    if not found.videos and not listing.dead:
+    _identify(listing)
+    if not (listing.sources or listing.dead):
         raise UserError(
             f"no video found in {', '.join(inputs)}: give files, folders or s3:// prefixes that "
             f"hold {', '.join(VIDEO_SUFFIXES[:4])} ... files"
         )
-    _identify(sorted(found.videos.values(), key=lambda e: e.uri), found, listing)
+    listing.dead.sort()
     return listing
 
 
-def _identify(entries: list[Entry], found: Found, listing: Listing) -> None:
-    """Hash each entry into `listing`."""
-    sources: dict[str, Source] = {}
-    results = map_in_order(_try_content_id, entries, HASHING_THREADS)
-    for entry, result in zip(entries, results, strict=True):
+def _identify(listing: Listing) -> None:
+    """Hash every video of the catalogue."""
+    entries = listing.catalogue.videos()
+    for entry, result in map_in_order(_try_content_id, entries, HASHING_THREADS):
         if isinstance(result, Exception):
             listing.dead.append((entry.uri, *describe_error(result)))
-        elif result[0] in sources:
-            found.skip("duplicate")
-            listing.settled.append(entry.uri)
-        else:
-            sources[result[0]] = _source(entry, *result, found)
-    listing.sources = [sources[source_id] for source_id in sorted(sources)]
+        elif not listing.sources.add(_source(entry, *result, listing.catalogue)):
+            listing.skipped["duplicate"] = listing.skipped.get("duplicate", 0) + 1
 
 
-def _source(entry: Entry, source_id: str, size: int, found: Found) -> Source:
+def _source(entry: Entry, source_id: str, size: int, catalogue: Catalogue) -> Source:
     """A source with all that is known about it; tables come before files beside it."""
-    note = found.notes.get(entry.uri, Note()) + entry.note
+    note = catalogue.note_on(entry.uri) + entry.note
+    beside = catalogue.captions_beside(entry.uri)
     stem = os.path.splitext(entry.uri)[0]
-    beside = found.beside.get(stem, set())
     files = tuple(stem + suffix for suffix in SIDECAR_SUFFIXES if suffix in beside)
     return Source(
         source_id=source_id,
@@ -118,7 +103,7 @@ class AddressError(ValueError):
     """An address that names no file and no S3 object."""
 
 
-def _try_content_id(entry: Entry) -> tuple[str, int] | Exception:
+def _try_content_id(entry: Entry) -> tuple[Entry, tuple[str, int] | Exception]:
     """Content id and size, or the error that reading raised (it becomes a dead letter)."""
     try:
         if "://" in entry.uri and not is_s3(entry.uri):
@@ -126,9 +111,9 @@ def _try_content_id(entry: Entry) -> tuple[str, int] | Exception:
         size = file_size(entry.uri) if entry.size is None else entry.size
         if size == 0:
             raise EmptyFileError("the file is empty")
-        return content_id(entry.uri, size), size
+        return entry, (content_id(entry.uri, size), size)
     except Exception as error:  # any store has its own errors; each is recorded with its file
-        return error
+        return entry, error
 
 
 def content_id(uri: str, size: int) -> str:

@@ -1,6 +1,7 @@
 """What every test relies on: no test leaves its MLflow store, or models, to the next."""
 
 import os
+import shutil
 import socket
 import sys
 
@@ -17,6 +18,30 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker("any_process") is None:
             item.add_marker(pytest.mark.xdist_group(item.path.stem))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _new_mlflow_stores_are_copies(tmp_path_factory):
+    """MLflow takes seconds to bring a new SQLite store up to date: one has it done for all."""
+    import mlflow.store.db.utils as database
+
+    initialise = database._initialize_tables
+    template = tmp_path_factory.mktemp("mlflow") / "template.db"
+
+    def copy_or_initialise(engine):
+        if engine.dialect.name != "sqlite" or not engine.url.database:
+            initialise(engine)
+        elif template.exists():
+            engine.dispose()
+            shutil.copyfile(template, engine.url.database)
+        else:
+            initialise(engine)
+            engine.dispose()
+            shutil.copyfile(engine.url.database, template)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(database, "_initialize_tables", copy_or_initialise)
+        yield
 
 
 @pytest.fixture(autouse=True)

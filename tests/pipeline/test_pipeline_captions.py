@@ -6,8 +6,8 @@ import torch
 
 from pipeline.captioners import SidecarCaptions
 from pipeline.captions import CaptionFileError, Cue, caption_for, parse_vtt, read_cues
+from pipeline.catalogue import Source
 from pipeline.coca import CocaCaptioner
-from pipeline.sources import Source
 from streamdit.errors import UserError
 
 VTT = """WEBVTT - title

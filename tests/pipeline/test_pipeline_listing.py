@@ -120,7 +120,7 @@ def test_metadata_of_a_video_folder_describe_the_videos_that_lie_there(tmp_path)
     put(tmp_path / "test" / "c.mp4", b"c")
     put(tmp_path / "test" / "metadata.jsonl", '{"file_name": "c.mp4", "text": "a c"}\n')
     put(tmp_path / "more" / "d.mp4", b"d")
-    put(tmp_path / "more" / "metadata.csv", "who,what\nx,y\n")
+    put(tmp_path / "more" / "metadata.csv", "file_name,text\nd.mp4,a d\n,lost\n")
     listing = list_sources([str(tmp_path)])
     texts = {name: [c[0] for c in captions_of(s)] for name, s in by_name(listing).items()}
     assert texts == {"a.mp4": ["an a"], "b.mp4": ["a b"], "c.mp4": ["a c"], "d.mp4": []}
@@ -160,7 +160,7 @@ def test_videos_of_a_webdataset_are_read_in_place_with_their_captions(tmp_path):
     assert (captions_of(first), first.licence) == ([("numbers", 0, FOREVER)], "CC0")
     assert captions_of(second) == [("low numbers", 0, 1)]
     assert captions_of(found["0001.mkv"]) == []
-    assert first.source_id == list_sources([str(video)]).sources[0].source_id
+    assert first.source_id == next(iter(list_sources([str(video)]).sources)).source_id
     assert first.size == video.stat().st_size
     clip = read_clip(first.uri, 1.0, 16, 16.0, 48, 96)
     assert np.array_equal(clip, read_clip(str(video), 1.0, 16, 16.0, 48, 96))
@@ -191,6 +191,22 @@ def test_an_archive_that_is_cut_off_loses_what_lies_behind_the_cut_only(tmp_path
     assert captions_of(source) == [("numbers", 0, FOREVER)]
     ((uri, error, message, _),) = listing.dead
     assert (uri, error, message) == (str(cut), "ReadError", "the archive ends within x/0002.mp4")
+
+
+@pytest.mark.parametrize("damage", ["cut", "overwritten"])
+def test_an_archive_with_a_broken_header_is_a_dead_letter(tmp_path, damage):
+    content = write_webdataset(tmp_path / "whole.tar", b"v" * 5000).read_bytes()
+    (tmp_path / "whole.tar").unlink()
+    header = content.index(b"x/0002.mp4")
+    broken = content[: header + 100]
+    if damage == "overwritten":
+        broken += bytes(50) + content[header + 150 :]
+    archive = put(tmp_path / "broken.tar", broken)
+    listing = list_sources([str(tmp_path)])
+    assert [source.uri.rsplit("#")[-1] for source in listing.sources] == ["x/0001.mp4"]
+    ((uri, error, message, _),) = listing.dead
+    assert (uri, error) == (str(archive), "ReadError")
+    assert message == f"the archive is damaged or cut off at byte {header}"
 
 
 def test_captions_of_json_lines_may_hold_any_character(tmp_path):
@@ -260,7 +276,7 @@ def test_tables_archives_and_folders_are_found_on_s3(s3, tmp_path):
     assert folder.skipped == {"duplicate": 1}
     table = list_sources(["s3://videos/lists/all.jsonl"])
     assert [s.uri for s in table.sources] == ["s3://videos/hf/v.mp4"]
-    assert captions_of(table.sources[0]) == [("c", 0, FOREVER)]
+    assert captions_of(*table.sources) == [("c", 0, FOREVER)]
     assert [uri for uri, *_ in table.dead] == ["s3://videos/hf/no.mp4"]
 
 

@@ -8,9 +8,10 @@ from conftest import code_picture, read_code, write_video
 from pipeline import storage
 from pipeline.captions import read_cues
 from pipeline.clips import read_clip
-from pipeline.plan import extend_plan, read_plan
+from pipeline.plan import extend_plan, read_plan, unit_of, unit_tasks, write_plan
 from pipeline.sources import list_sources
 from pipeline.storage import S3Object, open_video
+from pipeline.store import open_store
 from streamdit.errors import UserError
 
 
@@ -59,10 +60,11 @@ def test_files_lists_and_their_sidecars(tmp_path, monkeypatch):
 
 def test_identity_follows_content_not_name(tmp_path):
     big = os.urandom(3 << 20)
-    first = list_sources([str(put(tmp_path / "a.mp4", big))]).sources[0]
+    (first,) = list_sources([str(put(tmp_path / "a.mp4", big))]).sources
     assert first.size == 3 << 20
-    moved = list_sources([str(put(tmp_path / "x" / "b.mkv", big))]).sources[0]
-    ended = list_sources([str(put(tmp_path / "c.mp4", big[:-1] + bytes([big[-1] ^ 1])))]).sources[0]
+    (moved,) = list_sources([str(put(tmp_path / "x" / "b.mkv", big))]).sources
+    changed = big[:-1] + bytes([big[-1] ^ 1])
+    (ended,) = list_sources([str(put(tmp_path / "c.mp4", changed))]).sources
     assert moved.source_id == first.source_id != ended.source_id
 
 
@@ -84,26 +86,70 @@ def test_wrong_inputs_are_named(tmp_path):
         list_sources([str(tmp_path)])
 
 
+def planned(dataset, videos):
+    """Units of the plan after the videos were added."""
+    count = extend_plan(dataset, list_sources([str(videos)]).sources, unit_sources=2)
+    units = list(read_plan(dataset))
+    assert len(units) == count
+    return units
+
+
 def test_later_sources_form_new_units_and_moved_ones_keep_theirs(tmp_path):
     old = tmp_path / "old"
     for name in "abc":
         put(old / f"{name}.mp4", name.encode())
-    first = extend_plan(tmp_path / "ds", list_sources([str(old)]).sources, unit_sources=2)
+    first = planned(tmp_path / "ds", old)
     assert [len(unit.sources) for unit in first] == [2, 1]
     moved = old.rename(tmp_path / "new")
     put(moved / "d.mp4", b"d")
-    second = extend_plan(tmp_path / "ds", list_sources([str(moved)]).sources, unit_sources=2)
+    second = planned(tmp_path / "ds", moved)
     assert [unit.name for unit in second[:2]] == [unit.name for unit in first]
     assert [len(unit.sources) for unit in second] == [2, 1, 1]
     assert all(source.uri.startswith(str(moved)) for unit in second for source in unit.sources)
-    assert read_plan(tmp_path / "ds") == second
+
+
+def test_a_worker_reads_its_unit_alone_and_notices_another_plan(tmp_path):
+    for name in "abcd":
+        put(tmp_path / "videos" / f"{name}-é.mp4", name.encode())
+    units = planned(tmp_path / "ds", tmp_path / "videos")
+    store = open_store(tmp_path / "ds")
+    tasks = unit_tasks(store, {units[0].name}, "s", retry_dead=False)
+    assert [unit_of(store, task) for task in tasks] == units[1:]
+    write_plan(store, units[1:])
+    with pytest.raises(RuntimeError, match=r"plan\.json was replaced"):
+        unit_of(store, tasks[0])
+
+
+def test_names_that_are_not_text_are_listed(tmp_path):
+    name = os.fsencode(tmp_path) + b"/caf\xe9.mp4"
+    Path(os.fsdecode(name)).write_bytes(b"v")
+    (unit,) = planned(tmp_path / "ds", tmp_path)
+    assert os.fsencode(unit.sources[0].uri) == name
+
+
+def test_a_folder_that_cannot_be_read_is_a_dead_letter(tmp_path, monkeypatch):
+    put(tmp_path / "a.mp4", b"a")
+    put(tmp_path / "locked" / "b.mp4", b"b")
+    scandir = os.scandir
+
+    def refusing(path):
+        if path.endswith("locked"):
+            raise PermissionError(13, "Permission denied")
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    listing = list_sources([str(tmp_path)])
+    assert uris(listing) == [str(tmp_path / "a.mp4")]
+    assert [letter[:2] for letter in listing.dead] == [
+        (str(tmp_path / "locked"), "PermissionError")
+    ]
 
 
 def test_a_copy_elsewhere_does_not_move_a_source(tmp_path):
     put(tmp_path / "a" / "v.mp4", b"v")
     put(tmp_path / "b" / "v.mp4", b"v")
-    first = extend_plan(tmp_path / "ds", list_sources([str(tmp_path / "a")]).sources, 2)
-    second = extend_plan(tmp_path / "ds", list_sources([str(tmp_path / "b")]).sources, 2)
+    first = planned(tmp_path / "ds", tmp_path / "a")
+    second = planned(tmp_path / "ds", tmp_path / "b")
     assert second == first
 
 
@@ -118,7 +164,7 @@ def test_s3_prefixes_are_listed_and_objects_are_read_like_files(s3, tmp_path):
     (source,) = listing.sources
     assert source.uri == "s3://videos/set/a/v.mp4"
     assert source.sidecars == ("s3://videos/set/a/v.txt",)
-    assert source.source_id == list_sources([str(video)]).sources[0].source_id
+    assert source.source_id == next(iter(list_sources([str(video)]).sources)).source_id
     assert [(uri, name) for uri, name, _, _ in listing.dead] == [
         ("s3://videos/set/empty.mp4", "EmptyFileError")
     ]

@@ -119,18 +119,18 @@ def test_a_marker_counts_only_with_its_settings_inputs_and_files(tmp_path):
     path = tmp_path / file_name("latent", "u", "b", 0)
     path.parent.mkdir()
     path.write_bytes(b"12345")
-    assert ledger.read_done({"u": FIRST}) == {}
+    assert ledger.read_done({"u": FIRST}.items()) == {}
     ledger.finish("u", FIRST, [record_of(path, tmp_path)], {"clips": 3})
-    assert ledger.read_done({"u": FIRST, "v": FIRST}) == {"u": {"clips": 3}}
+    assert ledger.read_done({"u": FIRST, "v": FIRST}.items()) == {"u": {"clips": 3}}
     assert ledger.read_matching("u", FIRST).counters == {"clips": 3}
     for other in (SECOND, Wanted(settings="f1", inputs={"a": "1"})):
-        assert ledger.read_done({"u": other}) == {}
+        assert ledger.read_done({"u": other}.items()) == {}
         assert ledger.read_matching("u", other) is None
     path.write_bytes(b"123")
-    assert ledger.read_done({"u": FIRST}) == {}
+    assert ledger.read_done({"u": FIRST}.items()) == {}
     assert ledger.read_matching("u", FIRST) is None
     path.unlink()
-    assert ledger.read_done({"u": FIRST}) == {}
+    assert ledger.read_done({"u": FIRST}.items()) == {}
 
 
 def test_a_unit_begun_with_other_settings_has_no_marker_until_it_is_finished(tmp_path):
@@ -143,7 +143,7 @@ def test_a_unit_begun_with_other_settings_has_no_marker_until_it_is_finished(tmp
     assert ledger.read_matching("u", FIRST) is not None
     ledger.begin("u", SECOND)
     path.write_bytes(b"54321")  # as large as what it replaces, and then the job dies
-    assert ledger.read_done({"u": FIRST}) == {}
+    assert ledger.read_done({"u": FIRST}.items()) == {}
 
 
 def test_a_sweep_removes_what_no_marker_lists(tmp_path):
@@ -165,10 +165,10 @@ def test_passing_failures_get_three_runs(tmp_path):
     ledger = Ledger(tmp_path, "curate")
     for run in (1, 2, 3):
         assert ledger.attempt("u", FIRST) == run
-        assert ledger.read_done({"u": FIRST}) == {}
+        assert ledger.read_done({"u": FIRST}.items()) == {}
         ledger.finish("u", FIRST, [], {"retryable": 1, "dead": 1}, run)
-    assert ledger.read_done({"u": FIRST}) == {"u": {"retryable": 1, "dead": 1}}
-    assert ledger.read_done({"u": FIRST}, retry_dead=True) == {}
+    assert ledger.read_done({"u": FIRST}.items()) == {"u": {"retryable": 1, "dead": 1}}
+    assert ledger.read_done({"u": FIRST}.items(), retry_dead=True) == {}
     assert ledger.attempt("u", SECOND) == 1
 
 
