@@ -7,7 +7,7 @@ import platform
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 import typer
@@ -31,14 +31,21 @@ from jobs.bench_subject import (
     DecodingSubject,
     load_decoding,
     load_subject,
+    most_text_tokens,
     random_decoding,
     random_subject,
 )
+from jobs.config import load_config
 from jobs.console import format_bytes, format_flops, format_parameters, say
 from jobs.errors import JobCommand
+from jobs.model_facts import count_parameters
+from jobs.options import Overrides
 from streamdit.autoencoder.io import read_record
 from streamdit.errors import UserError
 from streamdit.io import AUTOENCODER_FOLDER, StreamingModel
+
+if TYPE_CHECKING:
+    from training.config import TrainConfig
 
 command = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="markdown")
 
@@ -169,6 +176,48 @@ def stream(
     _report("stream", _stream_facts(subject, preset, model), measured, json_file)
 
 
+@command.command("train", cls=JobCommand)
+def train(
+    overrides: Overrides = None,
+    preset: Preset = "demo",
+    batch: Annotated[int, typer.Option("--batch", min=1, help="Clips of a step.")] = 1,
+    rounds: Rounds = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Time a training step, with none of the blocks recomputed up to all of them.
+
+    It is the trainer's: DeepSpeed on one device, on random latents and the longest texts.
+    KEY=VALUE sets what `streamdit train` takes (`zero_stage=2`, `precision=float32`).
+    """
+    from jobs.bench_train import TrainingSubject, measure_training
+    from training.config import TrainConfig
+
+    own = [f"global_batch={batch}", "micro_batch=null", "launch.workers=1"]
+    config = load_config(
+        TrainConfig, stage="train", preset=preset, overrides=[*own, *(overrides or ())]
+    )
+    if config.accumulation(1)[1] > 1:
+        raise UserError("one step is one micro-batch here; leave micro_batch, give --batch")
+    subject = TrainingSubject(config)
+    measured = measure_training(subject, _effort(subject.world.device, rounds, 0.0, False))
+    _report("train", _training_facts(config, subject.world.device, preset), measured, json_file)
+
+
+def _training_facts(config: TrainConfig, device: torch.device, preset: str) -> dict[str, Any]:
+    """What is trained, how, and where."""
+    bucket = config.model.buckets[0]
+    return {
+        "source": preset,
+        "parameters": count_parameters(config.model)["total"],
+        "dtype": config.precision,
+        "latent": [bucket.frames, config.model.latent_channels, bucket.height, bucket.width],
+        "batch": config.global_batch,
+        "zero_stage": config.zero_stage,
+        "text_tokens": sum(most_text_tokens(name) for name in config.model.text),
+        **_place(device),
+    }
+
+
 def _effort(
     device: torch.device, rounds: int | None, sustained: float | None, compiled: bool | None
 ) -> Effort:
@@ -185,8 +234,9 @@ def _report(what: str, facts: dict[str, Any], measured: Measured, json_file: Pat
     for line in _headlines(facts):
         out.print(Text(line))
     out.print(_table(measured.rows))
-    ratios = ", ".join(f"{name} {ratio:.3g}" for name, ratio in measured.ratios.items())
-    out.print(Text(f"medians over the rounds: {ratios}"))
+    if measured.ratios:
+        ratios = ", ".join(f"{name} {ratio:.3g}" for name, ratio in measured.ratios.items())
+        out.print(Text(f"medians over the rounds: {ratios}"))
     if json_file is not None:
         json_file.parent.mkdir(parents=True, exist_ok=True)
         rows = [asdict(row) for row in measured.rows]
@@ -208,6 +258,13 @@ def _decoding_facts(subject: DecodingSubject, preset: str, model: str | None) ->
         "autoencoder_parameters": sum(p.numel() for p in subject.autoencoder.parameters()),
         "autoencoder_trained": model is not None,
         "autoencoder_psnr": None if model is None else _psnr(model),
+        **_place(device),
+    }
+
+
+def _place(device: torch.device) -> dict[str, Any]:
+    """Where it runs."""
+    return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
         "machine": platform.machine(),
         "threads": torch.get_num_threads(),
@@ -241,12 +298,15 @@ def _headlines(facts: dict[str, Any]) -> list[str]:
     if device == "CPU":
         threads = facts["threads"]
         device = f"{threads} thread{'' if threads == 1 else 's'} of a CPU ({facts['machine']})"
-    lines = [
-        _video_line(facts),
-        f"autoencoder {facts['autoencoder']}, "
-        f"{format_parameters(facts['autoencoder_parameters'])} parameters, {_quality(facts)}",
-        f"device      {device}, PyTorch {facts['torch']}",
-    ]
+    lines = [f"device      {device}, PyTorch {facts['torch']}"]
+    if "batch" in facts:
+        shape = "×".join(map(str, facts["latent"]))
+        training = f"batch of {facts['batch']}, ZeRO {facts['zero_stage']}, AdamW"
+        lines.insert(0, f"step        latents {shape}, {training}")
+    else:
+        decoder = f"{format_parameters(facts['autoencoder_parameters'])} parameters"
+        autoencoder = f"{facts['autoencoder']}, {decoder}, {_quality(facts)}"
+        lines = [_video_line(facts), f"autoencoder {autoencoder}", *lines]
     if "parameters" in facts:
         lines.insert(
             0,
@@ -278,15 +338,17 @@ def _quality(facts: dict[str, Any]) -> str:
 def _table(rows: list[Row]) -> Table:
     """One line per variant; columns that no variant fills are left out."""
     columns: list[tuple[str, list[str]]] = [
-        ("p50 ms", [f"{row.p50_ms:.4g}" for row in rows]),
-        ("p95 ms", [f"{row.p95_ms:.4g}" for row in rows]),
+        ("p50 ms", [_optional(row.p50_ms, "{:.4g}".format) for row in rows]),
+        ("p95 ms", [_optional(row.p95_ms, "{:.4g}".format) for row in rows]),
         (
             "speed-up",
             [_optional(row.versus_plain, "{:.2f}×".format) for row in rows],
         ),
         ("FPS", [f"{row.fps:.4g}" if row.fps else "" for row in rows]),
+        ("clips/s", [_optional(row.clips_per_second, "{:.3g}".format) for row in rows]),
         ("rate", [_optional(row.flops_per_second, _rate) for row in rows]),
         ("ceiling", [_optional(row.share_of_ceiling, "{:.0%}".format) for row in rows]),
+        ("MFU", [_optional(row.model_flops_utilisation, "{:.1%}".format) for row in rows]),
         ("memory", [_optional(row.peak_bytes, format_bytes) for row in rows]),
         ("differs", [_optional(row.difference, _difference) for row in rows]),
         ("verdict", [row.verdict or "" for row in rows]),

@@ -27,6 +27,7 @@ from jobs.measure import (
     sustain,
     wait_for,
 )
+from streamdit.config import DiTConfig
 from streamdit.decoding import ChunkDecoder, DecoderConfig
 from streamdit.denoiser import Denoiser
 from streamdit.io import StreamingModel
@@ -80,21 +81,24 @@ class Row:
 
     Attributes:
         variant: what was added last.
-        p50_ms: median time of a step, a decoded chunk, or both.
+        p50_ms: median time of a step, a decoded chunk, or both; None for what did not run.
         p95_ms: the time that 95 % stayed at or below.
         versus_plain: median over the rounds of plain time by this time; None for what ran alone,
             and for what makes no frames.
         fps: video frames a second; None for what makes none.
         flops_per_second: operations a second; None where they are not counted.
         share_of_ceiling: of the rate of bare matrix products of the same kind in the same run.
-        peak_bytes: device memory that it takes beyond the weights once warm; None on CPUs.
+        peak_bytes: device memory that it takes once warm, of a stream beyond the weights, of
+            training in all; None on CPUs.
         difference: relative difference of its result from plain.
-        verdict: whether a variant that rounds more is worth it.
+        verdict: whether a variant that rounds more is worth it, or why one did not run.
+        clips_per_second: that training goes through.
+        model_flops_utilisation: operations a second by the peak that the device's maker states.
     """
 
     variant: str
-    p50_ms: float
-    p95_ms: float
+    p50_ms: float | None
+    p95_ms: float | None
     versus_plain: float | None
     fps: float | None
     flops_per_second: float | None = None
@@ -102,6 +106,8 @@ class Row:
     peak_bytes: int | None = None
     difference: float | None = None
     verdict: str | None = None
+    clips_per_second: float | None = None
+    model_flops_utilisation: float | None = None
 
 
 @dataclass(frozen=True)
@@ -128,7 +134,7 @@ def measure_steps(subject: StreamingModel, effort: Effort) -> Measured:
     denoisers, changes, peaks = _running_denoisers(runs)
     evaluations = 1 if sampling.guidance_scale == 1.0 else 2
     dtype = subject.model.patch_embedding.weight.dtype
-    shapes = _layer_shapes(subject, evaluations)
+    shapes = layer_shapes(subject.config.model, evaluations)
     products = {CEILING: matmul_action(shapes, device, dtype)}
     if FLOAT8 in variants:
         products[FLOAT8_CEILING] = float8_matmul_action(shapes, device)
@@ -268,10 +274,9 @@ def _tokens_per_encoder(subject: StreamingModel) -> dict[str, int]:
     return {encoder.name: encoder.max_tokens for encoder in subject.config.text_encoders}
 
 
-def _layer_shapes(subject: StreamingModel, evaluations: int) -> list[tuple[int, int, int]]:
-    """`(m, k, n)` of the matrix products of one block that see every video token."""
-    config = subject.config.model
-    tokens = evaluations * math.prod(config.token_grid(config.buckets[0]))
+def layer_shapes(config: DiTConfig, samples: int) -> list[tuple[int, int, int]]:
+    """`(m, k, n)` of the matrix products of one block that see every token of so many samples."""
+    tokens = samples * math.prod(config.token_grid(config.buckets[0]))
     width = config.width
     return [
         (tokens, width, 3 * width),

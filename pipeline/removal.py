@@ -139,9 +139,10 @@ def _find(store: Store, name: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
             called.setdefault(uri, source_id)
     found = exact or called
     if not found:
+        count = sum(len(unit.sources) for unit in read_plan(store))
         raise UserError(
             f"dataset {store.root} has no source {name}: give the id, the address or the file name "
-            "of one"
+            f"of one of its {count:,} sources"
         )
     if len({source_id or uri for uri, source_id in found.items()}) > 1:
         raise UserError(

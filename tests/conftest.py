@@ -92,9 +92,14 @@ def hosts():
 def s3(monkeypatch):
     """An S3 server on this machine, with one bucket."""
     import boto3
+    from mlflow.store.artifact import s3_artifact_repo
     from moto.server import ThreadedMotoServer
 
     from pipeline import storage
+
+    def forget_clients():
+        storage._s3_client.cache_clear()
+        s3_artifact_repo._cached_get_s3_client.cache_clear()
 
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -105,9 +110,9 @@ def s3(monkeypatch):
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    storage._s3_client.cache_clear()
+    forget_clients()
     client = boto3.client("s3")
     client.create_bucket(Bucket="videos")
     yield client
     server.stop()
-    storage._s3_client.cache_clear()
+    forget_clients()

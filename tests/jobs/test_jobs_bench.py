@@ -19,8 +19,10 @@ from jobs.bench_subject import (
     random_decoding,
     random_subject,
 )
+from jobs.bench_train import TrainingSubject
 from jobs.bench_variants import FLOAT8, PLAIN, decoder_variants, step_variants
 from jobs.cli import app
+from jobs.config import load_config
 from jobs.measure import Timings, float8_matmul_action, interleave, matmul_action, sustain
 from streamdit.decoding import ChunkDecoder
 from streamdit.errors import UserError
@@ -28,6 +30,7 @@ from streamdit.io import read_model_config
 from streamdit.model.fast import FastConfig
 from streamdit.model.flops import PER_PROMPT, PER_SCHEDULE, count_flops
 from streamdit.text.hashed_bytes import tokenise
+from training.config import TrainConfig
 
 CPU = torch.device("cpu")
 
@@ -254,3 +257,59 @@ def test_wans_autoencoder_is_benchmarked_in_its_real_size():
     ]
     with pytest.raises(UserError, match="Wan's VAE has 16 latent channels but the model 8"):
         random_autoencoder("wan", 8, CPU)
+
+
+def test_a_training_step_is_measured_with_more_and_more_blocks_recomputed(tmp_path, one_worker):
+    figures, text = bench(
+        tmp_path, "train", "--batch", "2", "precision=float32", "model.depth=2", "ema_decay=0.9"
+    )
+    rows = {row["variant"]: row for row in figures["rows"]}
+    assert list(rows) == [
+        "nothing recomputed",
+        "1 of 2 blocks recomputed",
+        "2 of 2 blocks recomputed",
+        CEILING,
+    ]
+    config = load_config(TrainConfig, stage="train", preset="demo", overrides=["model.depth=2"])
+    tokens = {name: most_text_tokens(name) for name in config.model.text}
+    forward = count_flops(config.model, text_tokens=tokens)["total"]
+    for name in list(rows)[:3]:
+        seconds = rows[name]["p50_ms"] / 1e3
+        assert rows[name]["clips_per_second"] == pytest.approx(2 / seconds)
+        # Three forward passes, whatever was recomputed.
+        assert rows[name]["flops_per_second"] == pytest.approx(2 * 3 * forward / seconds)
+        share = rows[name]["flops_per_second"] / rows[CEILING]["flops_per_second"]
+        assert rows[name]["share_of_ceiling"] == pytest.approx(share)
+    assert (figures["batch"], figures["dtype"]) == (2, "float32")
+    assert set(figures["ratios"]) == {"2 of 2 blocks recomputed ÷ nothing recomputed"}
+    assert "latents 8×16×8×8, batch of 2" in text
+    assert "clips/s" in text
+
+
+def test_training_that_does_not_fit_is_named_and_the_rest_is_measured(
+    tmp_path, one_worker, monkeypatch
+):
+    step = TrainingSubject.step
+
+    def limited(subject, recomputed):
+        run = step(subject, recomputed)
+
+        def out_of_memory():
+            run()
+            raise torch.OutOfMemoryError("so much")
+
+        return out_of_memory if recomputed < least else run
+
+    monkeypatch.setattr(TrainingSubject, "step", limited)
+    settings = ("precision=float32", "model.depth=2")
+    least = 1
+    figures, text = bench(tmp_path, "train", *settings)
+    rows = {row["variant"]: row for row in figures["rows"]}
+    assert rows["nothing recomputed"]["verdict"] == "does not fit"
+    assert rows["nothing recomputed"]["p50_ms"] is None
+    assert rows["1 of 2 blocks recomputed"]["versus_plain"] == 1.0
+    assert "does not fit" in text
+    least = 3
+    result = CliRunner().invoke(app, ["bench", "train", "--preset", "demo", *settings])
+    assert result.exit_code == 2
+    assert "a batch of 1 does not fit into the device's memory" in result.stderr

@@ -1,0 +1,225 @@
+"""What `streamdit bench train` measures: a training step, with more and more blocks recomputed."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from jobs.bench_rows import CEILING, Effort, Measured, Row, layer_shapes
+from jobs.bench_subject import most_text_tokens
+from jobs.console import progress
+from jobs.measure import Timings, interleave, matmul_action, wait_for
+from streamdit.errors import UserError
+from streamdit.model import build_dit
+from streamdit.text.base import TextStates
+from training.config import TrainConfig
+from training.data import Batch
+from training.ema import ExponentialMovingAverage
+from training.engine import World, build_engine, join_world
+from training.metrics import device_peak_flops, peak_memory_bytes, sample_cost
+from training.objective import FlowMatching, stack_draws
+from training.order import sample_generator
+
+NONE_RECOMPUTED = "nothing recomputed"
+PARTS = 4
+"""Tried are none, a quarter, half, three quarters and all of the blocks."""
+
+
+class TrainingSubject:
+    """The trainer's step on random latents: objective, DeepSpeed engine, averaged weights.
+
+    Args:
+        config: a training configuration whose whole global batch is one micro-batch.
+    """
+
+    def __init__(self, config: TrainConfig) -> None:
+        self.config = config
+        self.world: World = join_world()
+        if self.world.size > 1:
+            raise UserError(
+                "bench train measures one device; for several run "
+                "`torchrun benchmarks/trainer_step.py`"
+            )
+        self.objective = FlowMatching(
+            config.partition, config.model.buffer_frames, config.caption_dropout, self.world.device
+        )
+        self.batch = self._random_batch()
+        self._build()
+
+    def _build(self) -> None:
+        config = self.config
+        module = build_dit(config.model, config.seed).to(self.world.device)
+        self.engine: Any = build_engine(module, config, self.world)
+        self.average = ExponentialMovingAverage(self.engine, config.ema_decay)
+
+    def rebuild(self) -> None:
+        """A new engine, after one ran out of memory with gradients half done."""
+        del self.engine, self.average
+        gc.collect()
+        if self.world.device.type == "cuda":
+            torch.cuda.empty_cache()
+        self._build()
+
+    def _random_batch(self) -> Batch:
+        config, device = self.config, self.world.device
+        bucket, clips = config.model.buckets[0], config.global_batch
+        generator = torch.Generator().manual_seed(0)
+
+        def random(*shape: int) -> torch.Tensor:
+            return torch.randn(shape, generator=generator)
+
+        def text(rows: int) -> TextStates:
+            return TextStates(
+                {
+                    name: (random(rows, most_text_tokens(name), width), None)
+                    for name, width in config.model.text.items()
+                }
+            )
+
+        shape = (bucket.frames, config.model.latent_channels, bucket.height, bucket.width)
+        draws = [
+            self.objective.draw(torch.Size(shape), sample_generator(0, 0, index, "draws"), 0.0)
+            for index in range(clips)
+        ]
+        batch = Batch(
+            latents=random(clips, *shape),
+            text=text(clips),
+            null_text=text(1),
+            clip_ids=[str(index) for index in range(clips)],
+            sample_indices=list(range(clips)),
+            draws=stack_draws(draws),
+        )
+        return batch.to(device)
+
+    def step(self, recomputed: int) -> Callable[[], None]:
+        """One optimizer step with so many blocks recomputed."""
+
+        def run() -> None:
+            self.engine.module.activation_checkpointing = recomputed
+            loss, _ = self.objective(self.engine, self.batch, self.batch.draws)
+            self.engine.backward(loss)
+            self.engine.step()
+            self.average.update()
+
+        return run
+
+
+def measure_training(subject: TrainingSubject, effort: Effort) -> Measured:
+    """Time the steps that fit into memory; those that do not are named in a row without times.
+
+    Operations are the model's: forward and backward count as three forward passes, what is
+    recomputed does not count. The model FLOPs utilisation (MFU) is their rate by the device's
+    dense bf16 peak, where that is known.
+    """
+    config, device = subject.config, subject.world.device
+    depth = config.model.depth
+    peaks = _try_each(subject, sorted({depth * part // PARTS for part in range(PARTS + 1)}))
+    fitting = [blocks for blocks, peak in peaks.items() if peak is not None]
+    if not fitting:
+        raise UserError(
+            f"a batch of {config.global_batch} does not fit into the device's memory even with "
+            "every block recomputed; lower --batch, or take a smaller preset"
+        )
+    dtype = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
+    products, product_flops = matmul_action(
+        layer_shapes(config.model, config.global_batch), device, dtype
+    )
+    actions: dict[str, Callable[[], object]] = {
+        **{_name(blocks, depth): subject.step(blocks) for blocks in fitting},
+        CEILING: products,
+    }
+    with progress("train", unit="rounds") as on_progress:
+        timings = interleave(actions, device, on_progress=on_progress, **effort.bounds)
+    ceiling = product_flops / timings[CEILING].percentile(50)
+    bucket = config.model.buckets[0]
+    lengths = {name: most_text_tokens(name) for name in config.model.text}
+    cost = sample_cost(config.model, bucket.height, bucket.width, lengths)
+    model_flops = 3 * config.global_batch * cost.flops
+    peak = device_peak_flops(device) if config.precision == "bfloat16" else None
+    lightest = timings[_name(fitting[0], depth)]
+    rows = []
+    for blocks, memory in peaks.items():
+        name = _name(blocks, depth)
+        if memory is None:
+            rows.append(Row(name, None, None, None, None, verdict="does not fit"))
+            continue
+        rate = model_flops / timings[name].percentile(50)
+        rows.append(
+            Row(
+                variant=name,
+                p50_ms=timings[name].percentile(50),
+                p95_ms=timings[name].percentile(95),
+                versus_plain=lightest.ratio_to(timings[name]),
+                fps=None,
+                clips_per_second=1e3 * config.global_batch / timings[name].percentile(50),
+                flops_per_second=1e3 * rate,
+                share_of_ceiling=rate / ceiling,
+                model_flops_utilisation=1e3 * rate / peak if peak else None,
+                peak_bytes=memory if device.type == "cuda" else None,
+            )
+        )
+    rows.append(_product_row(timings[CEILING], 1e3 * ceiling))
+    return Measured(rows, _ratios(timings, fitting, depth))
+
+
+def _try_each(subject: TrainingSubject, numbers: Sequence[int]) -> dict[int, int | None]:
+    """Memory of a step for each number of recomputed blocks; None where it does not fit.
+
+    The one that needs least goes first: whatever needs more than one that fails fails too.
+    """
+    device = subject.world.device
+    found: dict[int, int | None] = dict.fromkeys(numbers)
+    with progress("prepare", unit="variants") as on_progress:
+        for done, blocks in enumerate(reversed(numbers), 1):
+            step = subject.step(blocks)
+            with _out_of_memory_passes() as failed:
+                step()  # makes the optimizer's state too
+                wait_for(device)
+                if device.type == "cuda":
+                    torch.cuda.reset_peak_memory_stats(device)
+                step()
+                wait_for(device)
+            if failed:
+                subject.rebuild()
+                subject.step(numbers[-1])()
+                break
+            found[blocks] = peak_memory_bytes(device)
+            on_progress(done, len(numbers), {})
+    return found
+
+
+@contextmanager
+def _out_of_memory_passes() -> Iterator[list[str]]:
+    """Collects that memory ran out inside, instead of raising it."""
+    failed: list[str] = []
+    try:
+        yield failed
+    except torch.OutOfMemoryError as error:
+        failed.append(str(error))
+
+
+def _name(recomputed: int, depth: int) -> str:
+    return f"{recomputed} of {depth} blocks recomputed" if recomputed else NONE_RECOMPUTED
+
+
+def _product_row(timings: Timings, rate: float) -> Row:
+    return Row(
+        CEILING,
+        timings.percentile(50),
+        timings.percentile(95),
+        versus_plain=None,
+        fps=None,
+        flops_per_second=rate,
+    )
+
+
+def _ratios(timings: dict[str, Timings], fitting: Sequence[int], depth: int) -> dict[str, float]:
+    """What recomputing everything costs."""
+    least, most = (timings[_name(blocks, depth)] for blocks in (fitting[0], fitting[-1]))
+    if least is most:
+        return {}
+    return {f"{_name(fitting[-1], depth)} ÷ {_name(fitting[0], depth)}": most.ratio_to(least)}
