@@ -27,7 +27,6 @@ from pipeline.sources import list_sources
 from pipeline.store import open_store
 
 HEIGHT, WIDTH, FPS = 360, 640, 25
-UNIT_SOURCES = 8
 WARM_UNITS = 2
 
 Way = Callable[[Sequence[Row], Path], None]
@@ -105,7 +104,7 @@ def measure(
 def main() -> None:
     """Print videos per second of each way, and the ratios."""
     parser = argparse.ArgumentParser(description="Curating on Ray against plain loops.")
-    parser.add_argument("--sources", type=int, default=200)
+    parser.add_argument("--sources", type=int, default=256)
     parser.add_argument("--seconds", type=float, default=6.0)
     parser.add_argument("--rounds", type=int, default=2)
     options = parser.parse_args()
@@ -119,7 +118,7 @@ def main() -> None:
         write_videos(folder / "videos", options.sources, options.seconds)
         sources = list_sources([str(folder / "videos")]).sources
         assert len(sources) == options.sources
-        extend_plan(folder / "plan", sources, UNIT_SOURCES)
+        extend_plan(folder / "plan", sources, CONFIG.unit_sources)
         units = list(read_plan(folder / "plan"))
         ensure_ray()
         ways = {

@@ -5,7 +5,7 @@ In turn, in the same folder: rows of 1.5 MB through our writer (hash included), 
 row groups. Every reader makes what a trainer takes, float32 tensors in memory of their own. The raw
 reader takes the same bytes in pieces of the same size, each into fresh memory or all into one
 buffer (which a cache of row groups cannot do), and views each row as bfloat16. Files come from the
-system's cache, where a reader's own cost shows most. Megabytes of bfloat16 per second as the best
+system's cache, where a reader's own cost shows most. Megabytes of bfloat16 per second in the median
 round, ratios as the median of paired rounds; memory as the growth of the process while reading, and
 the peak of Arrow's pool while writing.
 """
@@ -30,7 +30,7 @@ from pipeline.shards import ShardWriter
 from pipeline.store import open_store
 from training.row_groups import RowGroups, read_tensor
 
-ROUNDS = 7
+ROUNDS = 15
 SHAPE = (16, 12, 64, 64)
 """Of a latent: 1.5 MB in bfloat16."""
 GROUP = 16
@@ -154,7 +154,7 @@ def main() -> None:
             ours = next(iter(seconds.values()))
             for name, times in seconds.items():
                 ratio = statistics.median(other / o for o, other in zip(ours, times, strict=True))
-                speed = megabytes / min(times)
+                speed = megabytes / statistics.median(times)
                 print(f"{title:6} {name:17} {speed:7.0f} MB/s   speed of ours / this {ratio:.2f}")
     finally:
         shutil.rmtree(folder)

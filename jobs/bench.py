@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 
 command = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="markdown")
 
-WIDTH = 100
+WIDTH = 110
 """Columns of the table where it is not written to a terminal."""
 
 Preset = Annotated[
@@ -338,8 +338,8 @@ def _quality(facts: dict[str, Any]) -> str:
 def _table(rows: list[Row]) -> Table:
     """One line per variant; columns that no variant fills are left out."""
     columns: list[tuple[str, list[str]]] = [
-        ("p50 ms", [_optional(row.p50_ms, "{:.4g}".format) for row in rows]),
-        ("p95 ms", [_optional(row.p95_ms, "{:.4g}".format) for row in rows]),
+        ("p50 ms", [_optional(row.p50_ms, _milliseconds) for row in rows]),
+        ("p95 ms", [_optional(row.p95_ms, _milliseconds) for row in rows]),
         (
             "speed-up",
             [_optional(row.versus_plain, "{:.2f}×".format) for row in rows],
@@ -369,6 +369,10 @@ def _difference(relative: float) -> str:
 
 def _optional(value: float | None, text: Callable[[float], str]) -> str:
     return "" if value is None else text(value)
+
+
+def _milliseconds(value: float) -> str:
+    return f"{value:.0f}" if value >= 1000 else f"{value:.4g}"
 
 
 def _rate(flops_per_second: float) -> str:

@@ -8,11 +8,16 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 from pipeline.dead_letters import DeadLimit
 from streamdit.errors import UserError
 
+WAITING_SHARE = 2
+"""Tasks at Ray, by those that there is room for."""
+LOOK_AROUND_S = 5.0
+"""How soon nodes that join are noticed."""
 HIDDEN_COUNTERS = ("inputs", "lost", "retryable")
 SPEEDS = {"clips": "clips/s", "texts": "texts/s", "video_s": "× real time"}
 """Counters whose speed is shown, and its name."""
@@ -69,25 +74,75 @@ def run_units(
     Raises:
         UserError: if no node of the cluster can hold a worker.
     """
-    import ray
-
     if not tasks:
         return
     ensure_ray()
     most = min(len(tasks), workers or len(tasks))
-    now = min(most, _room(cpus, gpus))
-    quiet_ray_data()
+    room = min(most, _room(cpus, gpus))
     if isinstance(stage, type):
-        # Actors that find no room wait, and so ask an autoscaler for a node.
-        compute: Any = ray.data.ActorPoolStrategy(min_size=1, initial_size=now, max_size=most)
-        extra: dict[str, Any] = {"fn_constructor_kwargs": constructor or {}}
+        results = _from_actors(tasks, stage, constructor or {}, room, most, cpus, gpus)
     else:
-        compute, extra = ray.data.TaskPoolStrategy(size=most), {}
-    results = ray.data.from_items(list(tasks), override_num_blocks=len(tasks)).flat_map(
-        stage, compute=compute, num_cpus=cpus, num_gpus=gpus or None, **extra
-    )
-    for row in results.iter_rows():
+        results = _from_tasks(tasks, stage, workers, cpus, gpus)
+    for row in results:
         yield json.loads(row["counters"])
+
+
+def _from_actors(
+    tasks: Sequence[Row],
+    stage: type,
+    constructor: dict[str, Any],
+    now: int,
+    most: int,
+    cpus: int,
+    gpus: float,
+) -> Iterator[Row]:
+    """Results of a stage whose workers keep what they load: a pool that grows up to `most`."""
+    import ray
+
+    quiet_ray_data()
+    results = ray.data.from_items(list(tasks), override_num_blocks=len(tasks)).flat_map(
+        stage,
+        fn_constructor_kwargs=constructor,
+        # Actors that find no room wait, and so ask an autoscaler for a node.
+        compute=ray.data.ActorPoolStrategy(min_size=1, initial_size=now, max_size=most),
+        num_cpus=cpus,
+        num_gpus=gpus or None,
+    )
+    yield from results.iter_rows()
+
+
+def _from_tasks(
+    tasks: Sequence[Row],
+    stage: Callable[[Row], Iterable[Row]],
+    workers: int | None,
+    cpus: int,
+    gpus: float,
+) -> Iterator[Row]:
+    """Results of a stage that is a plain function, in Ray's own tasks.
+
+    Ray Data starts only about one task a second for as long as none has finished, which at a unit
+    of minutes leaves most of a large cluster idle.
+    """
+    import ray
+
+    # A task whose node goes away is done again, however often that happens.
+    remote = ray.remote(stage).options(num_cpus=cpus, num_gpus=gpus, max_retries=-1)
+    waiting = iter(tasks)
+    running: set[Any] = set()
+    try:
+        while True:
+            # Those without room wait at Ray, and so ask an autoscaler for nodes.
+            most = workers or max(1, WAITING_SHARE * workers_on(_nodes(), cpus, gpus))
+            running |= {remote.remote(row) for row in islice(waiting, max(0, most - len(running)))}
+            if not running:
+                return
+            done, _ = ray.wait(list(running), timeout=LOOK_AROUND_S)
+            for task in done:
+                running.remove(task)
+                yield from ray.get(task)
+    finally:
+        for task in running:
+            ray.cancel(task, force=True)
 
 
 def run_stage(
@@ -148,9 +203,7 @@ def quiet_ray_data() -> None:
 
 def _room(cpus: int, gpus: float) -> int:
     """Workers that the nodes of the cluster can hold at once."""
-    import ray
-
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    nodes = _nodes()
     room = workers_on(nodes, cpus, gpus)
     if room < 1:
         most_cpus, most_gpus = (max(n.get(name, 0.0) for n in nodes) for name in ("CPU", "GPU"))
@@ -160,6 +213,13 @@ def _room(cpus: int, gpus: float) -> int:
             "`threads` or the GPUs of the stage, or add nodes"
         )
     return room
+
+
+def _nodes() -> list[dict[str, float]]:
+    """Resources of the nodes that are up."""
+    import ray
+
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
 def workers_on(nodes: Iterable[Mapping[str, float]], cpus: int, gpus: float) -> int:

@@ -17,6 +17,8 @@ from pipeline.store import DatasetPath, Store, open_store
 from streamdit.errors import UserError
 
 CACHE_BYTES = 512 << 20
+MOST_FOOTERS = 64
+"""Footers of files that are kept: read and parsed once, not for every row group."""
 
 
 class RowGroups:
@@ -33,6 +35,7 @@ class RowGroups:
         self.read_bytes = 0
         self._cache: OrderedDict[tuple[str, int], pa.RecordBatch] = OrderedDict()
         self._bytes = 0
+        self._footers: OrderedDict[str, pq.FileMetaData] = OrderedDict()
 
     def __reduce__(self) -> tuple[type[RowGroups], tuple[Store, int]]:
         """Travel to another process without what is cached."""
@@ -53,9 +56,7 @@ class RowGroups:
         if key in self._cache:
             self._cache.move_to_end(key)
             return self._cache[key]
-        # pre_buffer holds whole files of wide binary columns in memory; one group is enough.
-        # A mapped file saves one copy of everything; objects of a store are not mapped.
-        with pq.ParquetFile(self.store.source(file), pre_buffer=False, memory_map=True) as parquet:
+        with self._open(file) as parquet:
             (batch,) = parquet.read_row_group(group).combine_chunks().to_batches()
         self._cache[key] = batch
         self._bytes += batch.nbytes
@@ -64,6 +65,19 @@ class RowGroups:
             _, dropped = self._cache.popitem(last=False)
             self._bytes -= dropped.nbytes
         return batch
+
+
+    def _open(self, file: str) -> pq.ParquetFile:
+        footer = self._footers.pop(file, None)
+        # pre_buffer holds whole files of wide binary columns in memory; one group is enough.
+        # A mapped file saves one copy of everything; objects of a store are not mapped.
+        parquet = pq.ParquetFile(
+            self.store.source(file), metadata=footer, pre_buffer=False, memory_map=True
+        )
+        self._footers[file] = parquet.metadata
+        if len(self._footers) > MOST_FOOTERS:
+            self._footers.popitem(last=False)
+        return parquet
 
 
 def _payload(column: pa.LargeBinaryArray, row: int) -> pa.Buffer:
