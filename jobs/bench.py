@@ -192,6 +192,8 @@ def train(
     from jobs.bench_train import TrainingSubject, measure_training
     from training.config import TrainConfig
 
+    if any(text.startswith("activation_checkpointing=") for text in overrides or ()):
+        raise UserError("bench train measures every activation_checkpointing; leave it away")
     own = [f"global_batch={batch}", "micro_batch=null", "launch.workers=1"]
     config = load_config(
         TrainConfig, stage="train", preset=preset, overrides=[*own, *(overrides or ())]
@@ -208,7 +210,7 @@ def _training_facts(config: TrainConfig, device: torch.device, preset: str) -> d
     bucket = config.model.buckets[0]
     return {
         "source": preset,
-        "parameters": count_parameters(config.model)["total"],
+        "parameters": sum(count_parameters(config.model).values()),
         "dtype": config.precision,
         "latent": [bucket.frames, config.model.latent_channels, bucket.height, bucket.width],
         "batch": config.global_batch,

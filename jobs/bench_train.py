@@ -34,6 +34,10 @@ class TrainingSubject:
 
     Args:
         config: a training configuration whose whole global batch is one micro-batch.
+
+    Raises:
+        UserError: if there are several workers, adapters are to be trained, or model and optimizer
+            do not fit into memory.
     """
 
     def __init__(self, config: TrainConfig) -> None:
@@ -44,11 +48,16 @@ class TrainingSubject:
                 "bench train measures one device; for several run "
                 "`torchrun benchmarks/trainer_step.py`"
             )
+        if config.lora is not None:
+            raise UserError("bench train measures whole models; leave lora away")
         self.objective = FlowMatching(
             config.partition, config.model.buffer_frames, config.caption_dropout, self.world.device
         )
-        self.batch = self._random_batch()
-        self._build()
+        with _out_of_memory_passes() as failed:
+            self.batch = self._random_batch()
+            self._build()
+        if failed:
+            raise _too_large(config)
 
     def _build(self) -> None:
         config = self.config
@@ -120,10 +129,7 @@ def measure_training(subject: TrainingSubject, effort: Effort) -> Measured:
     peaks = _try_each(subject, sorted({depth * part // PARTS for part in range(PARTS + 1)}))
     fitting = [blocks for blocks, peak in peaks.items() if peak is not None]
     if not fitting:
-        raise UserError(
-            f"a batch of {config.global_batch} does not fit into the device's memory even with "
-            "every block recomputed; lower --batch, or take a smaller preset"
-        )
+        raise _too_large(config)
     dtype = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
     products, product_flops = matmul_action(
         layer_shapes(config.model, config.global_batch), device, dtype
@@ -184,8 +190,9 @@ def _try_each(subject: TrainingSubject, numbers: Sequence[int]) -> dict[int, int
                 step()
                 wait_for(device)
             if failed:
-                subject.rebuild()
-                subject.step(numbers[-1])()
+                if blocks != numbers[-1]:
+                    subject.rebuild()
+                    subject.step(numbers[-1])()
                 break
             found[blocks] = peak_memory_bytes(device)
             on_progress(done, len(numbers), {})
@@ -200,6 +207,13 @@ def _out_of_memory_passes() -> Iterator[list[str]]:
         yield failed
     except torch.OutOfMemoryError as error:
         failed.append(str(error))
+
+
+def _too_large(config: TrainConfig) -> UserError:
+    return UserError(
+        f"a batch of {config.global_batch} does not fit into the device's memory even with every "
+        "block recomputed; lower --batch, set offload_optimizer=true, or take a smaller preset"
+    )
 
 
 def _name(recomputed: int, depth: int) -> str:

@@ -64,7 +64,7 @@ def command(
 
     Makes videos, curates and annotates them, trains an autoencoder, encodes, trains a small
     StreamDiT, distils it, registers it in MLflow, streams from the registered model and writes a
-    page about it all: OUT/summary.html. Takes 10 to 15 minutes on two CPU cores. It can be
+    page about it all: OUT/summary.html. Takes 10 to 20 minutes on two CPU cores. It can be
     interrupted: the same command continues, and finished parts are not done again.
 
     Settings of a stage take its name as prefix: `train.steps=600`, `world.videos=40`.

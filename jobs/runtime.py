@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from pipeline.graph import start_ray
 from streamdit.errors import UserError
 
 CONNECT_TIMEOUT_S = 5.0
@@ -32,13 +33,11 @@ def ray_runtime(address: str | None = None) -> Iterator[None]:
     where = address or os.environ.get("RAY_ADDRESS", "")
     try:
         _check_listening(where)
-        ray.init(
-            address=where or "local",
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            configure_logging=True,
-            **({} if where else _without_dashboard()),
-        )
+        quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+        if where:
+            ray.init(where, **quiet)
+        else:
+            start_ray(**quiet, **_without_dashboard())
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 import sqlite3
+import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from pipeline.manifests import Note
+from streamdit.errors import UserError
 
 PAGE = 1000
 """Rows that are read at once. Between pages no statement is open, so tables may change."""
@@ -21,7 +23,7 @@ ENTRIES = """
 CREATE TABLE videos (uri BLOB PRIMARY KEY, size INTEGER, note TEXT, sidecars TEXT) WITHOUT ROWID;
 CREATE TABLE unknown (uri BLOB PRIMARY KEY, size INTEGER, note TEXT, sidecars TEXT) WITHOUT ROWID;
 CREATE TABLE captions (stem BLOB, suffix TEXT, PRIMARY KEY (stem, suffix)) WITHOUT ROWID;
-CREATE TABLE notes (uri BLOB PRIMARY KEY, note TEXT) WITHOUT ROWID;
+CREATE TABLE notes (uri BLOB, number INTEGER, note TEXT, PRIMARY KEY (uri, number)) WITHOUT ROWID;
 CREATE TABLE named (uri BLOB PRIMARY KEY) WITHOUT ROWID;
 """
 SOURCES = "CREATE TABLE sources (source_id TEXT PRIMARY KEY, source TEXT) WITHOUT ROWID;"
@@ -68,6 +70,7 @@ class Catalogue:
 
     def __init__(self) -> None:
         self._database = _open(ENTRIES)
+        self._notes = 0
 
     def add_video(self, entry: Entry) -> None:
         """A file that is a video. Found again, it keeps what its archive said."""
@@ -87,8 +90,9 @@ class Catalogue:
 
     def add_note(self, uri: str, note: Note) -> None:
         """What a row of a table says about a video, after what others said."""
-        text = json.dumps(asdict(self.note_on(uri) + note))
-        self._database.execute("INSERT OR REPLACE INTO notes VALUES (?, ?)", (_encode(uri), text))
+        self._notes += 1
+        values = (_encode(uri), self._notes, json.dumps(asdict(note)))
+        self._database.execute("INSERT INTO notes VALUES (?, ?, ?)", values)
 
     def add_name(self, uri: str) -> None:
         """An address that a table names; see :meth:`take_names`."""
@@ -100,11 +104,13 @@ class Catalogue:
         self._database.execute("SAVEPOINT table_of_videos")
         try:
             yield
+        except sqlite3.Error:
+            raise  # whatever was open is rolled back already
         except BaseException:
             self._database.execute("ROLLBACK TO table_of_videos")
-            raise
-        finally:
             self._database.execute("RELEASE table_of_videos")
+            raise
+        self._database.execute("RELEASE table_of_videos")
 
     def take_names(self) -> Iterator[str]:
         """Addresses of :meth:`add_name`, sorted, each once; then they are forgotten."""
@@ -127,9 +133,14 @@ class Catalogue:
 
     def note_on(self, uri: str) -> Note:
         """What tables say about a video."""
-        query = "SELECT note FROM notes WHERE uri = ?"
-        row = self._database.execute(query, (_encode(uri),)).fetchone()
-        return _note(row[0]) if row else NOTHING
+        query = "SELECT note FROM notes WHERE uri = ? ORDER BY number"
+        rows = self._database.execute(query, (_encode(uri),)).fetchall()
+        notes = [_note(text) for (text,) in rows]
+        return Note(
+            cues=tuple(cue for note in notes for cue in note.cues),
+            licence=next((note.licence for note in notes if note.licence), None),
+            attribution=next((note.attribution for note in notes if note.attribution), None),
+        )
 
     def captions_beside(self, uri: str) -> set[str]:
         """Suffixes of the caption files beside a video."""
@@ -169,6 +180,22 @@ class Sources:
         """In the order of their ids."""
         for _, text in _pages(self._database, "sources", "source_id", ""):
             yield Source.of(json.loads(text))
+
+
+@contextmanager
+def disk_errors() -> Iterator[None]:
+    """Turn a failure of the database into one line.
+
+    Raises:
+        UserError: if there is no room for it.
+    """
+    try:
+        yield
+    except sqlite3.Error as error:
+        raise UserError(
+            f"the list of videos cannot be kept in {tempfile.gettempdir()} ({error}): make room "
+            "there, or name another folder by TMPDIR"
+        ) from None
 
 
 def _open(tables: str) -> sqlite3.Connection:

@@ -22,7 +22,7 @@ from pipeline.dead_letters import (
 from pipeline.duplicate_table import count_duplicates, update_duplicates
 from pipeline.graph import OnProgress, Row, result_row, run_stage, run_units
 from pipeline.ledger import Ledger, Wanted, fingerprint
-from pipeline.plan import Unit, extend_plan, read_plan, require_unit_names, unit_of, unit_tasks
+from pipeline.plan import Unit, extend_plan, read_plan, unit_of, unit_tasks
 from pipeline.removal import finish_removal
 from pipeline.removed import leave_out_removed
 from pipeline.schema import CLIP_SCHEMA, SOURCE_SCHEMA, FileKind, FileRecord, read_dead_letters
@@ -94,6 +94,8 @@ def curate(
     found = {"inputs": len(listing.sources) + len(letters), "lost": len(letters)}
     DeadLimit(store, LIST, config.limits).check(found)
     units = extend_plan(store, listing.sources, config.unit_sources)
+    skipped = dict(sorted(listing.skipped.items()))
+    del listing  # its databases take memory and room on disk
     totals = curate_units(store, config, settings, on_progress, retry_dead)
     summary = CurateSummary(
         sources=int(totals.get("sources", 0)),
@@ -101,7 +103,7 @@ def curate(
         duplicates=int(totals.get("duplicates", 0)),
         dead=int(totals.get("dead", 0)) + len(letters),
         video_s=totals.get("video_s", 0.0),
-        skipped=dict(sorted(listing.skipped.items())),
+        skipped=skipped,
         units=units,
     )
     if not summary.clips:
@@ -120,7 +122,8 @@ def curate_units(
     ledger = Ledger(store, STAGE)
     wanted = ((unit.name, curate_wanted(unit, settings)) for unit in read_plan(store))
     done = ledger.read_done(wanted, retry_dead)
-    units, tasks = require_unit_names(store), unit_tasks(store, done, settings, retry_dead)
+    units = [unit.name for unit in read_plan(store)]
+    tasks = unit_tasks(store, done, settings, retry_dead)
     stage = make_curate_unit(store.root, config)
     results = run_units(tasks, stage, workers=config.workers, cpus=config.threads)
     limit = DeadLimit(store, STAGE, config.limits)

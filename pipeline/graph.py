@@ -7,15 +7,20 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from contextlib import closing
 from itertools import islice
 from typing import Any
 
 from pipeline.dead_letters import DeadLimit
 from streamdit.errors import UserError
 
-WAITING_SHARE = 2
-"""Tasks at Ray, by those that there is room for."""
+logger = logging.getLogger(__name__)
+
+TASKS_PER_SLOT = 4
+LEAST_TASKS = 64
+"""Tasks at Ray, under way or waiting: what an autoscaler sees of the work there is. Not all of it,
+for a task takes memory of the driver."""
 LOOK_AROUND_S = 5.0
 """How soon nodes that join are noticed."""
 HIDDEN_COUNTERS = ("inputs", "lost", "retryable")
@@ -39,7 +44,26 @@ def ensure_ray() -> None:
     if os.environ.get("RAY_ADDRESS"):
         ray.init(**quiet)
     else:
-        ray.init("local", include_dashboard=False, **quiet)
+        start_ray(include_dashboard=False, **quiet)
+
+
+def start_ray(**options: Any) -> None:
+    """Start a Ray on this machine; `options` are those of `ray.init`.
+
+    Ray's processes give up on each other after 15 seconds, which they may need where other
+    programs take the cores: then they are started once more.
+    """
+    import ray
+
+    for another in (True, False):
+        try:
+            ray.init("local", **options)
+            return
+        except Exception as error:  # what Ray raises here has no class of its own
+            ray.shutdown()
+            if not (another and "timed out during startup" in str(error)):
+                raise
+            logger.warning("Ray did not come up in time on this busy machine; starting it again")
 
 
 def result_row(unit: str, counters: Mapping[str, float]) -> Row:
@@ -55,7 +79,7 @@ def run_units(
     workers: int | None = None,
     cpus: int = 1,
     gpus: float = 0.0,
-) -> Iterator[dict[str, float]]:
+) -> Generator[dict[str, float]]:
     """Run `stage` over `tasks` on Ray, each task by itself.
 
     Args:
@@ -63,8 +87,8 @@ def run_units(
         stage: function from a row to result rows, or a class of such (its instances are actors
             that keep what they load).
         constructor: keyword arguments of the class.
-        workers: tasks at once; none means as many as there is room for, also on nodes that an
-            autoscaler adds.
+        workers: tasks at once; none means as many as there is room for, also on nodes that join
+            and those that an autoscaler adds because tasks wait.
         cpus: CPUs of a task.
         gpus: GPUs of a task, fractions allowed.
 
@@ -83,8 +107,9 @@ def run_units(
         results = _from_actors(tasks, stage, constructor or {}, room, most, cpus, gpus)
     else:
         results = _from_tasks(tasks, stage, workers, cpus, gpus)
-    for row in results:
-        yield json.loads(row["counters"])
+    with closing(results):
+        for row in results:
+            yield json.loads(row["counters"])
 
 
 def _from_actors(
@@ -95,7 +120,7 @@ def _from_actors(
     most: int,
     cpus: int,
     gpus: float,
-) -> Iterator[Row]:
+) -> Generator[Row]:
     """Results of a stage whose workers keep what they load: a pool that grows up to `most`."""
     import ray
 
@@ -117,7 +142,7 @@ def _from_tasks(
     workers: int | None,
     cpus: int,
     gpus: float,
-) -> Iterator[Row]:
+) -> Generator[Row]:
     """Results of a stage that is a plain function, in Ray's own tasks.
 
     Ray Data starts only about one task a second for as long as none has finished, which at a unit
@@ -125,14 +150,21 @@ def _from_tasks(
     """
     import ray
 
-    # A task whose node goes away is done again, however often that happens.
-    remote = ray.remote(stage).options(num_cpus=cpus, num_gpus=gpus, max_retries=-1)
+    remote = ray.remote(stage).options(
+        num_cpus=cpus,
+        num_gpus=gpus,
+        # A task whose node goes away is done again, however often that happens.
+        max_retries=-1,
+        retry_exceptions=[ray.exceptions.RaySystemError],
+        # Decoding is bound by disks and networks too: not all on one node while others rest.
+        scheduling_strategy="SPREAD",
+    )
     waiting = iter(tasks)
     running: set[Any] = set()
     try:
         while True:
             # Those without room wait at Ray, and so ask an autoscaler for nodes.
-            most = workers or max(1, WAITING_SHARE * workers_on(_nodes(), cpus, gpus))
+            most = workers or max(LEAST_TASKS, TASKS_PER_SLOT * workers_on(_nodes(), cpus, gpus))
             running |= {remote.remote(row) for row in islice(waiting, max(0, most - len(running)))}
             if not running:
                 return
@@ -141,14 +173,15 @@ def _from_tasks(
                 running.remove(task)
                 yield from ray.get(task)
     finally:
-        for task in running:
-            ray.cancel(task, force=True)
+        if ray.is_initialized():  # else Ray would be started to cancel what is gone
+            for task in running:
+                ray.cancel(task, force=True)
 
 
 def run_stage(
     units: Sequence[str],
     done: Mapping[str, dict[str, float]],
-    results: Iterable[dict[str, float]],
+    results: Generator[dict[str, float]],
     on_progress: OnProgress | None,
     limit: DeadLimit | None = None,
 ) -> dict[str, float]:
@@ -176,13 +209,15 @@ def run_stage(
         on_progress(finished, len(units), shown.counters(totals))
     if limit:
         limit.check(totals)
-    for counters in results:
-        _add(totals, counters)
-        finished += 1
-        if on_progress:
-            on_progress(finished, len(units), shown.counters(totals))
-        if limit:
-            limit.check(totals)
+    # Closed at once where it is left early: work that goes on would be nobody's.
+    with closing(results):
+        for counters in results:
+            _add(totals, counters)
+            finished += 1
+            if on_progress:
+                on_progress(finished, len(units), shown.counters(totals))
+            if limit:
+                limit.check(totals)
     return totals
 
 
@@ -196,7 +231,6 @@ def quiet_ray_data() -> None:
     context.print_on_execution_start = False
     # A unit that raises is a bug or a broken machine: Ray must not drop it silently.
     context.max_errored_blocks = 0
-    # A block is one unit; Ray must not wait for several before it starts a task.
     for name in ("ray.data", "ray.data._internal", "ray.data.dataset"):
         logging.getLogger(name).setLevel(logging.ERROR)
 

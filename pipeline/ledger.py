@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, Field, ValidationError
@@ -107,12 +106,15 @@ class Ledger:
         except (FileNotFoundError, ValidationError):
             return None
 
-    def read_all(self, units: Iterable[str]) -> dict[str, Marker]:
-        """Markers of `units`, those that there are."""
-        names = list(units)
-        with ThreadPoolExecutor(READERS) as pool:
-            markers = zip(names, pool.map(self.read, names), strict=True)
-            return {name: marker for name, marker in markers if marker is not None}
+    def each(self, units: Iterable[str]) -> Iterator[tuple[str, Marker]]:
+        """`units` that have a marker, each with it, in order; none is kept."""
+
+        def look(unit: str) -> tuple[str, Marker | None]:
+            return unit, self.read(unit)
+
+        for unit, marker in map_in_order(look, units, READERS):
+            if marker is not None:
+                yield unit, marker
 
     def read_matching(self, unit: str, wanted: Wanted) -> Marker | None:
         """The marker of `unit` if it is the wanted one and its files are still there."""

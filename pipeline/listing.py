@@ -64,7 +64,7 @@ class Found:
     unreadable: list[tuple[str, Exception]] = field(default_factory=list)
     """Archives, tables and folders that cannot be read, or not to their end."""
     opened: set[str] = field(default_factory=set)
-    """Archives and tables that were read."""
+    """Archives and tables that were read, and folders that lists and tables name."""
 
     def skip(self, reason: str) -> None:
         """Count one file left out."""
@@ -183,6 +183,7 @@ def _named(addresses: Iterable[str], found: Found) -> Iterator[Entry]:
     """Files that a list or table names; one that is missing is the business of its dead letter."""
     for address in addresses:
         if not is_s3(address) and os.path.isdir(address):
+            found.opened.add(address)
             yield from _list_folder(address, found)
         elif is_s3(address) and _kind(address) not in ("video", "archive"):
             yield from _list_prefix(address)
@@ -224,13 +225,20 @@ def _list_folder(folder: str, found: Found) -> Iterator[Entry]:
         try:
             with os.scandir(place) as entries:
                 for entry in entries:
-                    if not entry.is_dir():
+                    if not _is_folder(entry):
                         # A link whose target is gone has no size; reading it will say so.
                         yield Entry(entry.path, file_size(entry.path))
                     elif not entry.name.startswith(".") and not entry.is_symlink():
                         waiting.append(entry.path)
         except OSError as error:
             found.unreadable.append((place, error))
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link in a circle, or into what may not be entered: reading it will say so
+        return False
 
 
 def _list_archive(uri: str) -> Iterator[Entry]:

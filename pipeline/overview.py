@@ -207,7 +207,7 @@ def _number(node: ast.expr) -> set[float]:
 
 
 def _stage(store: Store, stage: str, units: list[str]) -> StageState:
-    markers = Ledger(store, stage).read_all(units).values()
+    markers = [marker for _, marker in Ledger(store, stage).each(units)]
     totals: Counter[str] = Counter()
     for marker in markers:
         totals.update(marker.counters)

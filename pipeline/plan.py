@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -20,6 +21,8 @@ from pipeline.store import DatasetPath, Store, open_store
 from streamdit.errors import UserError
 
 PLAN_FILE = "plan.json"
+SECOND_LOOKS_S = (0.0, 1.0, 5.0, 15.0)
+"""Waits before a unit is looked for: the nodes of a cluster may see another's new plan late."""
 
 
 @dataclass(frozen=True)
@@ -54,20 +57,30 @@ class UnitPlace:
     """Bytes."""
 
     def read(self, store: Store) -> Unit:
-        """The unit.
+        """The unit, wherever it stands by now.
 
         Raises:
-            RuntimeError: if the plan was replaced since.
+            UserError: if it is no longer there.
         """
-        line = read_span(store.uri(PLAN_FILE), self.start, self.length)
-        try:
-            unit = Unit.from_json(line.decode("utf-8"))
-        except ValueError:
-            pass
-        else:
-            if unit.name == self.name:
+        for wait_s in SECOND_LOOKS_S:
+            time.sleep(wait_s)
+            unit = self._in_place(store) or next(
+                (unit for unit in read_plan(store) if unit.name == self.name), None
+            )
+            if unit is not None:
                 return unit
-        raise RuntimeError(f"{store.uri(PLAN_FILE)} was replaced while a job read it")
+        raise UserError(
+            f"{store.uri(PLAN_FILE)} no longer has unit {self.name}: another command changed the "
+            "data set meanwhile; run this one again"
+        )
+
+    def _in_place(self, store: Store) -> Unit | None:
+        try:
+            line = read_span(store.uri(PLAN_FILE), self.start, self.length)
+            unit = Unit.from_json(line.decode("utf-8"))
+        except (FileNotFoundError, ValueError):
+            return None
+        return unit if unit.name == self.name else None
 
 
 def read_plan(dataset_dir: DatasetPath | Store) -> Iterator[Unit]:

@@ -120,7 +120,7 @@ def finish_removal(store: Store) -> None:
             _rewrite_markers(store, _without(unit, note))
     left = [unit.name for unit in read_plan(store) if _without(unit, note).sources]
     # Of a curation that was interrupted, the rest is compared when it is finished.
-    require_duplicates(store, list(Ledger(store, "curate").read_all(left)))
+    require_duplicates(store, [unit for unit, _ in Ledger(store, "curate").each(left)])
     if note.manifest:
         _republish(store, note.manifest, note.units)
     kept = (_without(unit, note) for unit in read_plan(store))
@@ -130,13 +130,14 @@ def finish_removal(store: Store) -> None:
 
 def _find(store: Store, name: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Ids and addresses of the source that `name` means."""
-    exact: dict[str, str] = {}
-    called: dict[str, str] = {}
+    exact: dict[str, set[str]] = {}
+    called: dict[str, set[str]] = {}
     for uri, source_id in _addresses(store):
         if name in (uri, source_id):
-            exact.setdefault(uri, source_id)
+            exact.setdefault(uri, set()).add(source_id)
         elif uri.rsplit("/", 1)[-1] == name:
-            called.setdefault(uri, source_id)
+            called.setdefault(uri, set()).add(source_id)
+    # A video that was replaced in its place is two sources at one address.
     found = exact or called
     if not found:
         count = sum(len(unit.sources) for unit in read_plan(store))
@@ -144,12 +145,12 @@ def _find(store: Store, name: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
             f"dataset {store.root} has no source {name}: give the id, the address or the file name "
             f"of one of its {count:,} sources"
         )
-    if len({source_id or uri for uri, source_id in found.items()}) > 1:
+    if len({tuple(sorted(ids - {""})) or uri for uri, ids in found.items()}) > 1:
         raise UserError(
             f"{len(found)} sources of {store.root} are called {name}: give the address of one, "
             f"such as {next(iter(found))}"
         )
-    return tuple({source_id for source_id in found.values() if source_id}), tuple(found)
+    return tuple(sorted(set().union(*found.values()) - {""})), tuple(found)
 
 
 def _addresses(store: Store) -> Iterator[tuple[str, str]]:
@@ -162,8 +163,8 @@ def _addresses(store: Store) -> Iterator[tuple[str, str]]:
 
 
 def _clips_of(store: Store, units: Sequence[str], source_ids: Sequence[str]) -> list[str]:
-    markers = Ledger(store, "curate").read_all(units).values()
-    rows = (row for marker in markers for row in read_rows(store, marker, "clip"))
+    markers = Ledger(store, "curate").each(units)
+    rows = (row for _, marker in markers for row in read_rows(store, marker, "clip"))
     return sorted(row["clip_id"] for row in rows if row["source_id"] in source_ids)
 
 

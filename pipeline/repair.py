@@ -94,7 +94,7 @@ def _drop(store: Store, damaged: set[str]) -> int:
     names = [*require_unit_names(store), NULL_UNIT, ALL_UNITS]
     for stage in STAGE_KINDS:
         ledger = Ledger(store, stage)
-        for unit, marker in ledger.read_all(names).items():
+        for unit, marker in ledger.each(names):
             whole = tuple(record for record in marker.files if record.path not in damaged)
             if whole == marker.files:
                 continue

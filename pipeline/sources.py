@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from pipeline.catalogue import Catalogue, Entry, Source, Sources
+from pipeline.catalogue import Catalogue, Entry, Source, Sources, disk_errors
 from pipeline.child import describe_error
 from pipeline.listing import SIDECAR_SUFFIXES, VIDEO_SUFFIXES, find_files
 from pipeline.storage import file_size, is_s3, read_span
@@ -29,7 +29,7 @@ class Listing:
     dead: list[tuple[str, str, str, bool]] = field(default_factory=list)
     """Files that cannot be read: address, error class, message, whether to try again."""
     opened: set[str] = field(default_factory=set)
-    """Archives and tables, those too that cannot be read."""
+    """Archives, tables and folders in lists, those too that cannot be read."""
     catalogue: Catalogue = field(default_factory=Catalogue)
     """Every video that was found, readable or not, duplicates too."""
 
@@ -52,14 +52,15 @@ def list_sources(inputs: Sequence[str]) -> Listing:
     Raises:
         UserError: if an input does not exist, a table is not understood, or no input names a video.
     """
-    found = find_files(inputs)
-    listing = Listing(
-        skipped=found.skipped,
-        dead=[(uri, *describe_error(error)) for uri, error in found.unreadable],
-        opened=found.opened | {uri for uri, _ in found.unreadable},
-        catalogue=found.catalogue,
-    )
-    _identify(listing)
+    with disk_errors():
+        found = find_files(inputs)
+        listing = Listing(
+            skipped=found.skipped,
+            dead=[(_shown(uri), *describe_error(error)) for uri, error in found.unreadable],
+            opened=found.opened | {uri for uri, _ in found.unreadable},
+            catalogue=found.catalogue,
+        )
+        _identify(listing)
     if not (listing.sources or listing.dead):
         raise UserError(
             f"no video found in {', '.join(inputs)}: give files, folders or s3:// prefixes that "
@@ -74,7 +75,7 @@ def _identify(listing: Listing) -> None:
     entries = listing.catalogue.videos()
     for entry, result in map_in_order(_try_content_id, entries, HASHING_THREADS):
         if isinstance(result, Exception):
-            listing.dead.append((entry.uri, *describe_error(result)))
+            listing.dead.append((_shown(entry.uri), *describe_error(result)))
         elif not listing.sources.add(_source(entry, *result, listing.catalogue)):
             listing.skipped["duplicate"] = listing.skipped.get("duplicate", 0) + 1
 
@@ -95,6 +96,15 @@ def _source(entry: Entry, source_id: str, size: int, catalogue: Catalogue) -> So
     )
 
 
+def _shown(uri: str) -> str:
+    """An address as text, which file names need not be."""
+    return uri.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
+class FileNameError(ValueError):
+    """A file name that is not UTF-8, which tables cannot hold."""
+
+
 class EmptyFileError(ValueError):
     """A file without content."""
 
@@ -108,6 +118,8 @@ def _try_content_id(entry: Entry) -> tuple[Entry, tuple[str, int] | Exception]:
     try:
         if "://" in entry.uri and not is_s3(entry.uri):
             raise AddressError("only files and s3:// objects can be read: download it first")
+        if _shown(entry.uri) != entry.uri:
+            raise FileNameError("the name of the file or of a folder is not UTF-8: rename it")
         size = file_size(entry.uri) if entry.size is None else entry.size
         if size == 0:
             raise EmptyFileError("the file is empty")

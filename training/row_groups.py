@@ -66,7 +66,6 @@ class RowGroups:
             self._bytes -= dropped.nbytes
         return batch
 
-
     def _open(self, file: str) -> pq.ParquetFile:
         footer = self._footers.pop(file, None)
         # pre_buffer holds whole files of wide binary columns in memory; one group is enough.

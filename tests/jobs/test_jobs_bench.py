@@ -313,3 +313,16 @@ def test_training_that_does_not_fit_is_named_and_the_rest_is_measured(
     result = CliRunner().invoke(app, ["bench", "train", "--preset", "demo", *settings])
     assert result.exit_code == 2
     assert "a batch of 1 does not fit into the device's memory" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("setting", "told"),
+    [
+        ("lora.rank=4", "measures whole models"),
+        ("activation_checkpointing=2", "measures every activation_checkpointing"),
+    ],
+)
+def test_what_a_training_step_is_not_measured_with_is_refused(one_worker, setting, told):
+    result = CliRunner().invoke(app, ["bench", "train", "--preset", "demo", setting])
+    assert result.exit_code == 2
+    assert told in result.stderr

@@ -28,6 +28,7 @@ from pipeline.encode import encode
 from pipeline.schema import read_annotations, read_clips, read_dead_letters
 from pipeline.sources import content_id, list_sources
 from pipeline.store import open_store
+from streamdit.errors import UserError
 
 STATIC_S = 3 * 3600
 
@@ -71,8 +72,9 @@ def the_letter(dataset):
     """The only dead letter, after checking that the good video is whole."""
     clips = [row for row in read_clips(dataset).to_pylist() if row["uri"].endswith("good.mp4")]
     assert [clip["start_s"] for clip in clips] in ([0.0, 1.0], [1.0, 0.0])
-    (letter,) = read_dead_letters(dataset).to_pylist()
-    return letter
+    letters = read_dead_letters(dataset).to_pylist()
+    assert len(letters) == 1, letters
+    return letters[0]
 
 
 @pytest.mark.parametrize("kind", BAD)
@@ -268,3 +270,9 @@ def test_an_object_that_vanishes_while_it_is_decoded_is_named(
     assert letter["uri"] == "s3://videos/bad.mp4"
     assert letter["error_class"] == "MissingObjectError"
     assert "s3://videos/bad.mp4" in letter["message"]
+
+
+def test_inputs_of_which_none_is_a_video_are_named_with_their_reasons(tmp_path, small_config):
+    (tmp_path / "empty.mp4").write_bytes(b"")
+    with pytest.raises(UserError, match=r"none of 1 videos could be decoded: EmptyFileError"):
+        curate([str(tmp_path)], tmp_path / "data", small_config)

@@ -256,6 +256,23 @@ def test_the_last_source_of_a_unit_takes_the_unit_along(dataset):
     assert check_dataset(dataset).problems == ()
 
 
+def test_a_video_replaced_in_its_place_goes_with_what_was_there_before(
+    dataset, videos, small_config, tmp_path
+):
+    folder = tmp_path / "copy"
+    shutil.copytree(videos, folder)
+    again = tmp_path / "again"
+    curate([str(folder)], again, small_config)
+    (folder / "one.mp4").write_bytes((folder / "one.mp4").read_bytes() + b"longer")
+    curate([str(folder)], again, small_config)
+    sources = [source for unit in read_plan(again) for source in unit.sources]
+    ids = {source.source_id for source in sources if source.uri == str(folder / "one.mp4")}
+    assert len(ids) == 2
+    remove_source(again, str(folder / "one.mp4"))
+    assert "one.mp4" not in everything(again)
+    assert curate([str(folder)], again, small_config).skipped["removed"] == 1
+
+
 class Killed(Exception):
     pass
 

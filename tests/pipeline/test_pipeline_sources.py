@@ -1,4 +1,5 @@
 import os
+import sqlite3
 from pathlib import Path
 
 import numpy as np
@@ -108,23 +109,74 @@ def test_later_sources_form_new_units_and_moved_ones_keep_theirs(tmp_path):
     assert all(source.uri.startswith(str(moved)) for unit in second for source in unit.sources)
 
 
-def test_a_worker_reads_its_unit_alone_and_notices_another_plan(tmp_path):
+def test_a_worker_reads_its_unit_alone_and_finds_it_in_another_plan(tmp_path, monkeypatch):
+    monkeypatch.setattr("pipeline.plan.SECOND_LOOKS_S", (0.0, 0.01))
     for name in "abcd":
         put(tmp_path / "videos" / f"{name}-é.mp4", name.encode())
     units = planned(tmp_path / "ds", tmp_path / "videos")
     store = open_store(tmp_path / "ds")
     tasks = unit_tasks(store, {units[0].name}, "s", retry_dead=False)
-    assert [unit_of(store, task) for task in tasks] == units[1:]
+    with monkeypatch.context() as patch:
+        patch.setattr("pipeline.plan.read_plan", lambda store: pytest.fail("all was read"))
+        assert [unit_of(store, task) for task in tasks] == units[1:]
     write_plan(store, units[1:])
-    with pytest.raises(RuntimeError, match=r"plan\.json was replaced"):
+    assert [unit_of(store, task) for task in tasks] == units[1:]
+    write_plan(store, units[:1])
+    with pytest.raises(UserError, match=r"plan\.json no longer has unit .*run this one again"):
         unit_of(store, tasks[0])
 
 
-def test_names_that_are_not_text_are_listed(tmp_path):
-    name = os.fsencode(tmp_path) + b"/caf\xe9.mp4"
-    Path(os.fsdecode(name)).write_bytes(b"v")
-    (unit,) = planned(tmp_path / "ds", tmp_path)
-    assert os.fsencode(unit.sources[0].uri) == name
+def test_a_name_that_is_not_text_is_a_dead_letter(tmp_path):
+    good = put(tmp_path / "good.mp4", b"g")
+    Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.mp4")).write_bytes(b"v")
+    listing = list_sources([str(tmp_path)])
+    assert uris(listing) == [str(good)]
+    assert [letter[:2] for letter in listing.dead] == [
+        (str(tmp_path / "caf\\xe9.mp4"), "FileNameError")
+    ]
+
+
+def test_more_files_than_a_page_of_the_catalogue_come_in_order(tmp_path, monkeypatch):
+    monkeypatch.setattr("pipeline.catalogue.PAGE", 3)
+    for number in range(10):
+        put(tmp_path / f"{number}.mp4", str(number).encode())
+        put(tmp_path / f"nameless-{number}", b"no video")
+    table = put(tmp_path / "t.csv", b"path\n" + b"".join(b"%d.mp4\n" % i for i in range(7)))
+    listing = list_sources([str(tmp_path)])
+    assert uris(listing) == sorted(str(tmp_path / f"{number}.mp4") for number in range(10))
+    assert listing.skipped == {"not video": 11}
+    ids = [source.source_id for source in listing.sources]
+    assert ids == sorted(ids)
+    assert len(listing.sources) == 10
+    assert uris(list_sources([str(table)])) == [str(tmp_path / f"{i}.mp4") for i in range(7)]
+
+
+def test_a_link_in_a_circle_costs_itself_only(tmp_path):
+    for number in range(6):
+        put(tmp_path / f"{number}.mp4", str(number).encode())
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    (tmp_path / "loop.mp4").symlink_to(tmp_path / "loop.mp4")
+    listing = list_sources([str(tmp_path)])
+    assert len(listing.sources) == 6
+    assert [Path(letter[0]).name for letter in listing.dead] == ["loop.mp4"]
+    assert listing.skipped == {"not video": 1}
+
+
+def test_no_room_for_the_list_of_videos_is_one_line(tmp_path, monkeypatch):
+    put(tmp_path / "a.mp4", b"a")
+
+    def full(*_):
+        raise sqlite3.OperationalError("database or disk is full")
+
+    monkeypatch.setattr("pipeline.catalogue.Catalogue.add_video", full)
+    with pytest.raises(UserError, match=r"cannot be kept in .*is full.*TMPDIR"):
+        list_sources([str(tmp_path)])
+
+
+def test_a_folder_of_a_list_that_can_be_read_again_loses_its_letter(tmp_path):
+    put(tmp_path / "set" / "a.mp4", b"a")
+    listed = put(tmp_path / "in.list", b"set\n")
+    assert list_sources([str(listed)]).has_seen(str(tmp_path / "set"))
 
 
 def test_a_folder_that_cannot_be_read_is_a_dead_letter(tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ import itertools
 import re
 import shutil
 from collections import OrderedDict
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -344,6 +345,22 @@ def test_the_cache_of_row_groups_stays_within_its_budget(dataset_dir):
     assert len(roomy._cache) == 4
     size = pq.read_table(dataset_dir / "latents/a.parquet").nbytes
     assert roomy._bytes <= size
+
+
+def test_footers_are_read_once_for_as_many_files_as_are_kept(dataset_dir, monkeypatch):
+    read, parquet_file = [], pq.ParquetFile
+
+    def counting(source, metadata=None, **options):
+        read.append((Path(source).parent.name, metadata is None))
+        return parquet_file(source, metadata=metadata, **options)
+
+    monkeypatch.setattr("training.row_groups.pq.ParquetFile", counting)
+    monkeypatch.setattr("training.row_groups.MOST_FOOTERS", 1)
+    groups = RowGroups(dataset_dir, budget_bytes=1)
+    for path, group in (("latents", 0), ("latents", 1), ("text", 0), ("text", 1), ("latents", 0)):
+        groups.row(f"{path}/a.parquet", group, 0)
+    # The last one was given up for the text's.
+    assert [anew for _, anew in read] == [True, False, True, False, True]
 
 
 @pytest.mark.parametrize(
