@@ -6,9 +6,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-# Tests run in this many processes.
+# Tests run in this many processes, those of a file in the same one, for they share what they set up.
 WORKERS ?= 2
-PYTEST := $(BIN)/pytest -n $(WORKERS) --dist loadgroup
+PYTEST := $(BIN)/pytest -n $(WORKERS) --dist loadfile
 CHECKED := streamdit pipeline training distillation evaluation jobs configs tests benchmarks docs/hooks
 
 .DEFAULT_GOAL := help

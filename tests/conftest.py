@@ -12,14 +12,6 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items):
-    """Tests of a file run in one process, which has its fixtures once; pages of the docs in any."""
-    for item in items:
-        if item.get_closest_marker("any_process") is None:
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
-
-
 @pytest.fixture(autouse=True, scope="session")
 def _new_mlflow_stores_are_copies(tmp_path_factory):
     """MLflow takes seconds to bring a new SQLite store up to date: one has it done for all."""

@@ -213,7 +213,6 @@ def store_with_videos(work, stack):
 
 
 @pytest.mark.slow
-@pytest.mark.any_process
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("page", RUNNABLE, ids=lambda p: p.relative_to(ROOT).as_posix())
 def test_blocks_of_a_page_run_in_order(page, tmp_path, stand_ins):
