@@ -25,7 +25,7 @@ from streamdit.partition import PartitionScheme
 from streamdit.registered import refuse_pickles
 from training.config import TrackingConfig
 from training.model_card import CARD_FILE, SAMPLE_FILE, model_card
-from training.tracking import connect, git_revision, use_store
+from training.tracking import ALREADY_EXISTS, connect, git_revision, use_store
 
 SCORE_TAG = "score."
 """What tags with scores begin with."""
@@ -213,8 +213,7 @@ def _create_version(
             pip_requirements=[f"streamdit=={__version__}"],
             metadata={"format_version": config.format_version},
         )
-    if not client.search_registered_models(f"name = '{name}'"):
-        client.create_registered_model(name)
+    _ensure_name(client, name)
     created = client.create_model_version(
         name,
         logged.model_uri,
@@ -224,6 +223,17 @@ def _create_version(
         description=card.split("---\n", 2)[-1].strip(),
     )
     return str(created.version)
+
+
+def _ensure_name(client: Any, name: str) -> None:
+    """Make the registered model, unless it is there: another client may be making it too."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        client.create_registered_model(name)
+    except MlflowException as error:
+        if error.error_code != ALREADY_EXISTS:
+            raise
 
 
 def _all_but_the_model(directory: Path) -> Any:

@@ -19,6 +19,9 @@ logger = logging.getLogger(__name__)
 ARTIFACTS = ".artifacts.jsonl"
 """How the file for artifacts ends that could not be sent; all else is in the one without it."""
 
+ALREADY_EXISTS = "RESOURCE_ALREADY_EXISTS"
+"""What MLflow says to whoever makes what another client has just made."""
+
 MOST_PARAMS = 100
 MOST_METRICS = 1000
 """What MLflow takes in one request."""
@@ -83,16 +86,27 @@ def connect(config: TrackingConfig) -> tuple[Any, str]:
         location = (folder / "artifacts").as_uri()
     try:
         client = make_client(config)
-        experiment = client.get_experiment_by_name(config.experiment)
-        if experiment is not None:
-            return client, experiment.experiment_id
-        return client, client.create_experiment(config.experiment, artifact_location=location)
+        return client, _experiment(client, config.experiment, location)
     except MlflowException as error:
         reason = str(error).splitlines()[0]
         raise UserError(
             f"MLflow store {uri} cannot be used: {reason}; start the server, or correct "
             "tracking.uri or MLFLOW_TRACKING_URI"
         ) from None
+
+
+def _experiment(client: Any, name: str, location: str | None) -> str:
+    """Id of the experiment, which is made unless it is there: another client may be making it."""
+    from mlflow.exceptions import MlflowException
+
+    if (found := client.get_experiment_by_name(name)) is not None:
+        return str(found.experiment_id)
+    try:
+        return str(client.create_experiment(name, artifact_location=location))
+    except MlflowException as error:
+        if error.error_code != ALREADY_EXISTS:
+            raise
+        return str(client.get_experiment_by_name(name).experiment_id)
 
 
 def git_revision() -> str | None:

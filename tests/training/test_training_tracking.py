@@ -270,6 +270,22 @@ def test_revision_is_that_of_the_own_checkout_or_none(tmp_path, monkeypatch):
     assert git_revision() is None
 
 
+def test_an_experiment_that_another_client_makes_meanwhile_is_taken(tmp_path, monkeypatch):
+    from mlflow import MlflowClient
+
+    config = TrackingConfig(directory=str(tmp_path), experiment="shared")
+    _, first = connect(config)
+    look, answers = MlflowClient.get_experiment_by_name, []
+
+    def too_early(client, name):
+        answers.append(look(client, name) if answers else None)
+        return answers[-1]
+
+    monkeypatch.setattr(MlflowClient, "get_experiment_by_name", too_early)
+    assert connect(config)[1] == first
+    assert len(answers) == 2
+
+
 def test_an_unreachable_store_is_one_line_before_the_run_starts(tmp_path):
     uri = f"http://127.0.0.1:{free_port()}"
     with pytest.raises(UserError, match=f"MLflow store {uri} cannot be used") as caught:
