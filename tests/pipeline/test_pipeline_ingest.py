@@ -199,7 +199,7 @@ def test_a_finished_dataset_is_left_alone(
 
     def nothing_to_do(tasks, *_, **__):
         assert tasks == []
-        return iter(())
+        return (row for row in tasks)
 
     for module in ("curate", "annotate", "encode"):
         monkeypatch.setattr(f"pipeline.{module}.run_units", nothing_to_do)
