@@ -22,9 +22,8 @@ import numpy as np
 from pipeline.config import IngestConfig
 from pipeline.curate import make_curate_unit
 from pipeline.graph import Row, ensure_ray, run_units
-from pipeline.plan import Unit, extend_plan, read_plan, unit_tasks, write_plan
+from pipeline.plan import Unit, extend_plan, read_plan, require_places, unit_tasks, write_plan
 from pipeline.sources import list_sources
-from pipeline.store import open_store
 
 HEIGHT, WIDTH, FPS = 360, 640, 25
 WARM_UNITS = 2
@@ -93,7 +92,7 @@ def measure(
         for number, (name, run) in enumerate(ways.items()):
             dataset = folder / f"data-{i}-{number}"
             write_plan(dataset, plan if i else plan[:WARM_UNITS])
-            tasks = unit_tasks(open_store(dataset), (), settings="s", retry_dead=False)
+            tasks = unit_tasks(require_places(dataset), (), settings="s", retry_dead=False)
             started = time.perf_counter()
             run(tasks, dataset)
             if i:

@@ -61,10 +61,10 @@ def train(
     """Train one model, or find it finished; returns its model directory."""
     if partition == demo.train.partition and options.steps == demo.train.steps:
         config = demo.train.model_copy(update={"seed": options.seed})
-        finished = training_job(config, options.demo / "dataset", options.demo / "teacher")
-        if finished.finished():
+        demos = training_job(config, options.demo / "dataset", options.demo / "teacher")
+        if demos.finished():
             say(f"{name}: the demo's own teacher")
-            return finished.model_directory
+            return demos.model_directory
     chunk = partition.entries[0].chunk_frames
     config = TrainConfig.model_validate(
         demo.train.model_dump()

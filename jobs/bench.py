@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 import typer
-from rich import box
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from jobs import bench_sprites
@@ -22,7 +19,6 @@ from jobs.bench_rows import (
     SECONDS,
     Effort,
     Measured,
-    Row,
     measure_decoding,
     measure_steps,
     measure_streams,
@@ -35,8 +31,9 @@ from jobs.bench_subject import (
     random_decoding,
     random_subject,
 )
+from jobs.bench_table import bench_table
 from jobs.config import load_config
-from jobs.console import format_bytes, format_flops, format_parameters, say
+from jobs.console import format_parameters, say
 from jobs.errors import JobCommand
 from jobs.model_facts import count_parameters
 from jobs.options import Overrides
@@ -235,7 +232,7 @@ def _report(what: str, facts: dict[str, Any], measured: Measured, json_file: Pat
     out.print(Text(f"bench {what}: {facts['source']}", style="bold"))
     for line in _headlines(facts):
         out.print(Text(line))
-    out.print(_table(measured.rows))
+    out.print(bench_table(measured.rows))
     if measured.ratios:
         ratios = ", ".join(f"{name} {ratio:.3g}" for name, ratio in measured.ratios.items())
         out.print(Text(f"medians over the rounds: {ratios}"))
@@ -335,50 +332,6 @@ def _quality(facts: dict[str, Any]) -> str:
     if facts["autoencoder_trained"]:
         return "PSNR on held-out clips not recorded"
     return "random weights, so no PSNR (give --model for one)"
-
-
-def _table(rows: list[Row]) -> Table:
-    """One line per variant; columns that no variant fills are left out."""
-    columns: list[tuple[str, list[str]]] = [
-        ("p50 ms", [_optional(row.p50_ms, _milliseconds) for row in rows]),
-        ("p95 ms", [_optional(row.p95_ms, _milliseconds) for row in rows]),
-        (
-            "speed-up",
-            [_optional(row.versus_plain, "{:.2f}×".format) for row in rows],
-        ),
-        ("FPS", [f"{row.fps:.4g}" if row.fps else "" for row in rows]),
-        ("clips/s", [_optional(row.clips_per_second, "{:.3g}".format) for row in rows]),
-        ("rate", [_optional(row.flops_per_second, _rate) for row in rows]),
-        ("ceiling", [_optional(row.share_of_ceiling, "{:.0%}".format) for row in rows]),
-        ("MFU", [_optional(row.model_flops_utilisation, "{:.1%}".format) for row in rows]),
-        ("memory", [_optional(row.peak_bytes, format_bytes) for row in rows]),
-        ("differs", [_optional(row.difference, _difference) for row in rows]),
-        ("verdict", [row.verdict or "" for row in rows]),
-    ]
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("variant", no_wrap=True)
-    shown = [(title, cells) for title, cells in columns if any(cells)]
-    for title, _ in shown:
-        table.add_column(title, justify="right", no_wrap=True)
-    for index, row in enumerate(rows):
-        table.add_row(row.variant, *(cells[index] for _, cells in shown))
-    return table
-
-
-def _difference(relative: float) -> str:
-    return "0" if relative == 0 else f"{relative:.0e}"
-
-
-def _optional(value: float | None, text: Callable[[float], str]) -> str:
-    return "" if value is None else text(value)
-
-
-def _milliseconds(value: float) -> str:
-    return f"{value:.0f}" if value >= 1000 else f"{value:.4g}"
-
-
-def _rate(flops_per_second: float) -> str:
-    return f"{format_flops(flops_per_second)}/s"
 
 
 def _device(name: str | None) -> torch.device:

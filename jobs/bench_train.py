@@ -168,7 +168,17 @@ def measure_training(subject: TrainingSubject, effort: Effort) -> Measured:
                 peak_bytes=memory if device.type == "cuda" else None,
             )
         )
-    rows.append(_product_row(timings[CEILING], 1e3 * ceiling))
+    bare = timings[CEILING]
+    rows.append(
+        Row(
+            variant=CEILING,
+            p50_ms=bare.percentile(50),
+            p95_ms=bare.percentile(95),
+            versus_plain=None,
+            fps=None,
+            flops_per_second=1e3 * ceiling,
+        )
+    )
     return Measured(rows, _ratios(timings, fitting, depth))
 
 
@@ -218,17 +228,6 @@ def _too_large(config: TrainConfig) -> UserError:
 
 def _name(recomputed: int, depth: int) -> str:
     return f"{recomputed} of {depth} blocks recomputed" if recomputed else NONE_RECOMPUTED
-
-
-def _product_row(timings: Timings, rate: float) -> Row:
-    return Row(
-        CEILING,
-        timings.percentile(50),
-        timings.percentile(95),
-        versus_plain=None,
-        fps=None,
-        flops_per_second=rate,
-    )
 
 
 def _ratios(timings: dict[str, Timings], fitting: Sequence[int], depth: int) -> dict[str, float]:

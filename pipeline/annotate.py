@@ -22,7 +22,7 @@ from pipeline.picture_scores import PICTURE_SCORES, PictureScores
 from pipeline.plan import (
     Unit,
     read_plan,
-    require_unit_names,
+    require_places,
     sidecar_key,
     sidecar_uris,
     unit_of,
@@ -84,11 +84,11 @@ def annotate(
     """
     store = open_store(dataset_dir)
     finish_removal(store)
-    units = require_unit_names(store)
+    places = require_places(store)
     (settings,) = adopt_settings(store, {STAGE: annotate_settings(config)}, config).values()
     ledger = Ledger(store, STAGE)
     done = ledger.read_done(_each_wanted(store, config, settings), retry_dead)
-    tasks = unit_tasks(store, done, settings, retry_dead)
+    units, tasks = [p.name for p in places], unit_tasks(places, done, settings, retry_dead)
     constructor = {"dataset_dir": store.root, "config": config}
     results = run_units(
         tasks,

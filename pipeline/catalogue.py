@@ -6,7 +6,7 @@ import json
 import os
 import sqlite3
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -135,12 +135,7 @@ class Catalogue:
         """What tables say about a video."""
         query = "SELECT note FROM notes WHERE uri = ? ORDER BY number"
         rows = self._database.execute(query, (_encode(uri),)).fetchall()
-        notes = [_note(text) for (text,) in rows]
-        return Note(
-            cues=tuple(cue for note in notes for cue in note.cues),
-            licence=next((note.licence for note in notes if note.licence), None),
-            attribution=next((note.attribution for note in notes if note.attribution), None),
-        )
+        return sum((_note(text) for (text,) in rows), NOTHING)
 
     def captions_beside(self, uri: str) -> set[str]:
         """Suffixes of the caption files beside a video."""
@@ -152,10 +147,8 @@ class Catalogue:
 class Sources:
     """Sources by their id."""
 
-    def __init__(self, sources: Iterable[Source] = ()) -> None:
+    def __init__(self) -> None:
         self._database = _open(SOURCES)
-        for source in sources:
-            self.add(source)
 
     def add(self, source: Source) -> bool:
         """Whether it is new; of several with the same content the first stays."""

@@ -22,7 +22,7 @@ from pipeline.dead_letters import (
 from pipeline.duplicate_table import count_duplicates, update_duplicates
 from pipeline.graph import OnProgress, Row, result_row, run_stage, run_units
 from pipeline.ledger import Ledger, Wanted, fingerprint
-from pipeline.plan import Unit, extend_plan, read_plan, unit_of, unit_tasks
+from pipeline.plan import Unit, extend_plan, read_places, read_plan, unit_of, unit_tasks
 from pipeline.removal import finish_removal
 from pipeline.removed import leave_out_removed
 from pipeline.schema import CLIP_SCHEMA, SOURCE_SCHEMA, FileKind, FileRecord, read_dead_letters
@@ -122,8 +122,8 @@ def curate_units(
     ledger = Ledger(store, STAGE)
     wanted = ((unit.name, curate_wanted(unit, settings)) for unit in read_plan(store))
     done = ledger.read_done(wanted, retry_dead)
-    units = [unit.name for unit in read_plan(store)]
-    tasks = unit_tasks(store, done, settings, retry_dead)
+    places = [place for place, _ in read_places(store)]
+    units, tasks = [p.name for p in places], unit_tasks(places, done, settings, retry_dead)
     stage = make_curate_unit(store.root, config)
     results = run_units(tasks, stage, workers=config.workers, cpus=config.threads)
     limit = DeadLimit(store, STAGE, config.limits)

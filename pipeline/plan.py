@@ -115,30 +115,35 @@ def write_plan(dataset_dir: DatasetPath | Store, units: Iterable[Unit]) -> int:
     return count
 
 
-def require_unit_names(dataset_dir: DatasetPath | Store) -> list[str]:
-    """Names of the units of a dataset directory that must have been curated.
+def require_places(dataset_dir: DatasetPath | Store) -> list[UnitPlace]:
+    """Places of the units of a dataset directory that must have been curated.
 
     Raises:
         UserError: if it was not.
     """
     store = open_store(dataset_dir)
-    names = [unit.name for unit in read_plan(store)]
-    if not names:
+    places = [place for place, _ in read_places(store)]
+    if not places:
         raise UserError(
             f"dataset {store.root} holds no sources: run `streamdit ingest --only curate` on your "
             "videos first"
         )
-    return names
+    return places
+
+
+def require_unit_names(dataset_dir: DatasetPath | Store) -> list[str]:
+    """Names of the units of :func:`require_places`."""
+    return [place.name for place in require_places(dataset_dir)]
 
 
 def unit_tasks(
-    store: Store, done: Collection[str], settings: str, retry_dead: bool
+    places: Iterable[UnitPlace], done: Collection[str], settings: str, retry_dead: bool
 ) -> list[dict[str, Any]]:
     """A row for a stage for each unit that is not done; see :func:`unit_of`."""
     return [
         {"unit": asdict(place), "settings": settings, "retry_dead": retry_dead}
-        for place, unit in read_places(store)
-        if unit.name not in done
+        for place in places
+        if place.name not in done
     ]
 
 

@@ -9,7 +9,6 @@ import torch
 from model_directory import write_model_directory
 from typer.testing import CliRunner
 
-from jobs.bench import _table
 from jobs.bench_rows import CEILING, FULL_ATTENTION, Row, float8_verdict
 from jobs.bench_subject import (
     full_attention,
@@ -19,6 +18,7 @@ from jobs.bench_subject import (
     random_decoding,
     random_subject,
 )
+from jobs.bench_table import bench_table
 from jobs.bench_train import TrainingSubject
 from jobs.bench_variants import FLOAT8, PLAIN, decoder_variants, step_variants
 from jobs.cli import app
@@ -128,7 +128,7 @@ def test_float8_is_kept_if_it_is_faster_and_within_its_bound(milliseconds, diffe
     mine, exact = Timings([milliseconds] * 3), Timings([100.0] * 3)
     assert float8_verdict(mine, exact, difference) == verdict
     row = Row(FLOAT8, milliseconds, milliseconds, 1.0, 1.0, verdict=verdict)
-    assert [list(column.cells) for column in _table([row]).columns][-1] == [verdict]
+    assert [list(column.cells) for column in bench_table([row]).columns][-1] == [verdict]
 
 
 def test_prompts_are_as_long_as_each_text_encoder_allows():

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import shutil
-import time
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -423,42 +422,3 @@ def test_jobs_on_ray_write_what_the_plain_functions_write(
         *((i, 7) for i in range(3, 8)),
     ]
     assert file_hashes(on_ray) == file_hashes(dataset)
-
-
-def test_a_stage_that_fails_on_ray_says_why_and_its_other_work_ends(tmp_path, ray_runtime):
-    from pipeline.graph import run_stage, run_units
-
-    def stage(row):
-        if row["unit"] == "bad":
-            raise UserError("the model is missing: copy it")
-        for _ in range(600):
-            time.sleep(0.1)
-            (tmp_path / row["unit"]).write_text(str(time.time()))
-        return [{"unit": row["unit"], "counters": "{}"}]
-
-    tasks = [{"unit": "slow"}, {"unit": "bad"}]
-    with pytest.raises(UserError, match="the model is missing: copy it"):
-        run_stage(["slow", "bad"], {}, run_units(tasks, stage), None)
-    ended = time.time()
-    time.sleep(1.5)
-    written = tmp_path / "slow"
-    assert not written.exists() or float(written.read_text()) < ended + 1.0
-
-
-def test_work_that_is_left_early_ends_at_once(tmp_path, ray_runtime):
-    from pipeline.graph import run_stage, run_units
-
-    def stage(row):
-        (tmp_path / row["unit"]).touch()
-        time.sleep(0.0 if row["unit"] == "0" else 600.0)
-        return [{"unit": row["unit"], "counters": "{}"}]
-
-    def stop(done, total, counters):
-        if done:
-            raise KeyboardInterrupt
-
-    tasks = [{"unit": str(number)} for number in range(6)]
-    with pytest.raises(KeyboardInterrupt):
-        run_stage(list("012345"), {}, run_units(tasks, stage), stop)
-    # The room is free again: other work gets it.
-    assert list(run_units([{"unit": "0"}], stage)) == [{}]

@@ -9,7 +9,7 @@ from conftest import code_picture, read_code, write_video
 from pipeline import storage
 from pipeline.captions import read_cues
 from pipeline.clips import read_clip
-from pipeline.plan import extend_plan, read_plan, unit_of, unit_tasks, write_plan
+from pipeline.plan import extend_plan, read_plan, require_places, unit_of, unit_tasks, write_plan
 from pipeline.sources import list_sources
 from pipeline.storage import S3Object, open_video
 from pipeline.store import open_store
@@ -115,7 +115,7 @@ def test_a_worker_reads_its_unit_alone_and_finds_it_in_another_plan(tmp_path, mo
         put(tmp_path / "videos" / f"{name}-é.mp4", name.encode())
     units = planned(tmp_path / "ds", tmp_path / "videos")
     store = open_store(tmp_path / "ds")
-    tasks = unit_tasks(store, {units[0].name}, "s", retry_dead=False)
+    tasks = unit_tasks(require_places(store), {units[0].name}, "s", retry_dead=False)
     with monkeypatch.context() as patch:
         patch.setattr("pipeline.plan.read_plan", lambda store: pytest.fail("all was read"))
         assert [unit_of(store, task) for task in tasks] == units[1:]
