@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any, Literal
 
 import pyarrow as pa
@@ -20,6 +19,7 @@ from pydantic import ValidationError
 
 from distillation.plan import RolloutPlan
 from distillation.rollout import Rollout
+from pipeline.store import DatasetPath, Store, open_store
 from streamdit.config import StreamDiTConfig, StrictModel
 from streamdit.errors import UserError
 from streamdit.flow import VelocityFunction
@@ -83,23 +83,23 @@ def plan_record(plan: RolloutPlan) -> dict[str, Any]:
     return json.loads(json.dumps(record))  # as it comes back from a file
 
 
-def read_manifest(directory: Path | str) -> RolloutManifest:
+def read_manifest(store: Store) -> RolloutManifest:
     """Manifest of a directory of rollouts.
 
     Raises:
         UserError: if there is none, because the job has not finished.
     """
-    path = Path(directory) / MANIFEST_FILE
-    if not path.is_file():
-        raise UserError(
-            f"{directory} holds no finished rollouts; run `streamdit rollouts DATASET --teacher "
-            f"MODEL_DIR --out {directory}` to its end"
-        )
     try:
-        return RolloutManifest.model_validate_json(path.read_text())
+        return RolloutManifest.model_validate_json(store.read_text(MANIFEST_FILE))
+    except FileNotFoundError:
+        raise UserError(
+            f"{store.root} holds no finished rollouts; run `streamdit rollouts DATASET --teacher "
+            f"MODEL_DIR --out {store.root}` to its end"
+        ) from None
     except ValidationError as error:
         raise UserError(
-            f"{path} does not fit this version ({error.errors()[0]['msg']}); make the rollouts anew"
+            f"{store.uri(MANIFEST_FILE)} does not fit this version ({error.errors()[0]['msg']}); "
+            "make the rollouts anew"
         ) from None
 
 
@@ -120,40 +120,40 @@ def rollout_rows(
         yield values
 
 
-def write_rollouts(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+def write_rollouts(store: Store, file: str, rows: Sequence[dict[str, Any]]) -> None:
     """Write rows as one Parquet file, whole or not at all."""
     table = pa.Table.from_pylist(list(rows), schema=ROLLOUT_SCHEMA)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    staging = path.with_name(f".{path.name}.tmp")
     per_group = max(1, GROUP_BYTES * len(rows) // max(1, table.nbytes))
+    sink = store.sink(file)
     # As the data set's shards: numbers of a model hardly shrink, and plain pages are read in place.
-    pq.write_table(table, staging, compression="none", row_group_size=per_group)
-    staging.replace(path)
+    pq.write_table(table, sink.file, compression="none", row_group_size=per_group)
+    sink.finish()
 
 
 class CachedRollouts:
     """Rollouts from files; a clip that has several gives one of them at random.
 
     Args:
-        directory: what `streamdit rollouts` wrote.
+        directory: what `streamdit rollouts` wrote, a folder or an `s3://` prefix.
 
     Raises:
         UserError: if there are none.
     """
 
-    def __init__(self, directory: Path | str) -> None:
-        self.directory = Path(directory)
-        self.manifest = read_manifest(directory)
-        self._groups = RowGroups(self.directory)
+    def __init__(self, directory: DatasetPath) -> None:
+        store = open_store(directory)
+        self.directory = store.root
+        self.manifest = read_manifest(store)
+        self._groups = RowGroups(store)
         self._places: dict[str, list[tuple[str, int, int]]] = {}
         for file in self.manifest.files:
-            with pq.ParquetFile(self.directory / file) as parquet:
+            with pq.ParquetFile(store.source(file)) as parquet:
                 for group in range(parquet.num_row_groups):
                     clips = parquet.read_row_group(group, columns=["clip_id"])["clip_id"]
                     for row, clip_id in enumerate(clips.to_pylist()):
                         self._places.setdefault(clip_id, []).append((file, group, row))
 
-    def check_fits(self, plan: RolloutPlan, parent: StreamDiTConfig, dataset: Path | str) -> None:
+    def check_fits(self, plan: RolloutPlan, parent: StreamDiTConfig, dataset: DatasetPath) -> None:
         """Refuse rollouts of another teacher, data set or plan than the run's.
 
         Raises:
@@ -196,7 +196,7 @@ class CachedRollouts:
             rows.append(self._groups.row(*places[choice % len(places)]))
         device = batch.latents.device
         tensors = {
-            name: torch.stack([read_tensor(row, name, str(self.directory)) for row in rows])
+            name: torch.stack([read_tensor(row, name, self.directory) for row in rows])
             for name in TENSORS
         }
         return Rollout(

@@ -137,7 +137,7 @@ class DistillConfig(RunConfig):
     drift: DriftConfig = DriftConfig()
     """Buffers from the teacher's and the student's own stream."""
     rollouts: str | None = None
-    """Directory of teacher rollouts from `streamdit rollouts`; default: the teacher is asked at
+    """Teacher rollouts from `streamdit rollouts`, a folder or S3; default: the teacher is asked at
     every step, and is in memory beside the student."""
 
     @model_validator(mode="after")

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from distillation.cache import MANIFEST_FILE, read_manifest
 from distillation.config import DistillConfig
-from streamdit.hashing import file_sha256
+from pipeline.store import open_store
 from training.job import TrainJob
 
 
@@ -25,6 +24,7 @@ class DistillationJob(TrainJob):
         settings = super().identity()
         assert isinstance(self.config, DistillConfig)
         if self.config.rollouts:
-            read_manifest(self.config.rollouts)
-            settings["rollouts"] = file_sha256(Path(self.config.rollouts) / MANIFEST_FILE)
+            store = open_store(self.config.rollouts)
+            read_manifest(store)
+            settings["rollouts"] = store.sha256(MANIFEST_FILE)
         return settings

@@ -17,6 +17,7 @@ from jobs.errors import JobCommand
 from jobs.options import Address
 from jobs.runtime import ray_runtime
 from pipeline.check import CheckResult, check_dataset
+from pipeline.lock import writing
 from pipeline.overview import Overview, find_clip, read_overview
 from pipeline.pictures import STRIP_FRAMES, clip_frames, encode_image, strip
 from pipeline.removal import remove_source
@@ -157,7 +158,7 @@ def print_check(result: CheckResult) -> None:
 @command.command("repair", cls=JobCommand)
 def repair(dataset: DatasetName, address: Address = None) -> None:
     """Drop what is damaged and make it again, with the settings of the dataset."""
-    with ray_runtime(address):
+    with writing(dataset, "streamdit dataset repair", say), ray_runtime(address):
         summary = repair_dataset(dataset, _progress)
     table = _grid()
     table.add_row("mended", f"{len(summary.problems):,} problems, {summary.units:,} units")
@@ -175,7 +176,8 @@ def remove(
 
     Its hash is kept, so that it does not come back with the next ingestion.
     """
-    summary = remove_source(dataset, source)
+    with writing(dataset, "streamdit dataset remove", say):
+        summary = remove_source(dataset, source)
     table = _grid()
     table.add_row("removed", Text(f"{', '.join(summary.uris)}, {summary.clips:,} clips"))
     Console(highlight=False).print(table)

@@ -41,12 +41,12 @@ def command(
     preset: Preset = "default",
     config: ConfigFile = None,
     rollouts: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
             "--rollouts",
             metavar="DIR",
-            help="Teacher rollouts from `streamdit rollouts`; the teacher then stays out of "
-            "memory.",
+            help="Teacher rollouts from `streamdit rollouts`, a folder or s3://bucket/prefix; the "
+            "teacher then stays out of memory.",
         ),
     ] = None,
     address: Address = None,
@@ -60,7 +60,7 @@ def command(
 
     changes = list(overrides or ())
     if rollouts is not None:
-        changes.append(f"rollouts={rollouts.resolve()}")
+        changes.append(f"rollouts={open_store(rollouts).root}")
     settings = load_config(
         DistillConfig, stage="distill", preset=preset, file=config, overrides=changes
     )

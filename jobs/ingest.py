@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from jobs.config import load_config
-from jobs.console import format_bytes, format_duration, progress
+from jobs.console import format_bytes, format_duration, progress, say
 from jobs.options import ConfigFile, Preset, split_overrides
 from jobs.runtime import ray_runtime
 from pipeline.annotate import AnnotateSummary, annotate
@@ -20,6 +20,7 @@ from pipeline.config import IngestConfig
 from pipeline.curate import CurateSummary, curate
 from pipeline.encode import EncodeSummary, encode
 from pipeline.latents import latent_shape
+from pipeline.lock import writing
 from pipeline.schema import MANIFEST_FILE, read_dead_letters
 from streamdit.autoencoder import load_autoencoder
 from streamdit.errors import UserError
@@ -93,7 +94,7 @@ def command(
         IngestConfig, stage="ingest", preset=preset, file=config, overrides=overrides
     )
     check_request(stages, inputs, out, autoencoder, settings)
-    with ray_runtime(address):
+    with writing(out, "streamdit ingest", say), ray_runtime(address):
         facts = run_stages(
             stages, inputs, out, autoencoder, settings, retry_dead=retry_dead, replace=replace
         )

@@ -19,7 +19,7 @@ from jobs.launch import check_resources
 from jobs.options import Address, ConfigFile, Dataset, Overrides, Preset
 from jobs.runtime import ray_runtime
 from jobs.training_job import check_dataset
-from pipeline.store import DatasetPath, open_store
+from pipeline.store import DatasetPath, Store, open_store
 from streamdit.errors import UserError
 from streamdit.io import read_model_config
 
@@ -52,8 +52,11 @@ def command(
         typer.Option("--teacher", metavar="MODEL_DIR", help="Model directory of the teacher."),
     ] = Path("runs/train/model"),
     out: Annotated[
-        Path, typer.Option("--out", metavar="DIR", help="Where the rollouts go.")
-    ] = Path("runs/rollouts"),
+        str,
+        typer.Option(
+            "--out", metavar="DIR", help="Where the rollouts go: a folder, or s3://bucket/prefix."
+        ),
+    ] = "runs/rollouts",
     per_clip: Annotated[int, typer.Option("--per-clip", min=1, help="Rollouts of each clip.")] = 8,
     preset: Preset = "default",
     config: ConfigFile = None,
@@ -79,7 +82,7 @@ def command(
 def make_rollouts(
     dataset: DatasetPath,
     teacher: Path,
-    out: Path,
+    out: DatasetPath,
     config: DistillConfig,
     per_clip: int,
     on_progress: OnProgress | None = None,
@@ -90,7 +93,7 @@ def make_rollouts(
     Args:
         dataset: whose clips are noised.
         teacher: model directory.
-        out: where the files go, on storage that all nodes share.
+        out: where the files go: an `s3://` prefix, or a folder on storage that all nodes share.
         config: of the distillation.
         per_clip: rollouts of each clip.
         on_progress: told of clips done.
@@ -118,9 +121,10 @@ def make_rollouts(
         "seed": config.seed,
         "precision": config.precision,
     }
-    _claim(out, record)
+    store = open_store(out)
+    _claim(store, record)
     units = plan_units(dataset, per_clip)
-    missing = [unit for unit in units if not (out / unit.file).is_file()]
+    missing = _missing(store, units)
     launch, workers = config.launch, min(config.launch.workers, len(missing))
     if own_runtime:
         needed = {"CPU": float(launch.cpus_per_worker), "GPU": float(launch.use_gpu)}
@@ -128,7 +132,7 @@ def make_rollouts(
     actors = [
         ray.remote(num_cpus=launch.cpus_per_worker, num_gpus=int(launch.use_gpu), max_restarts=2)(
             RolloutActor
-        ).remote(open_store(dataset).root, str(teacher.resolve()), str(out.resolve()), config)
+        ).remote(open_store(dataset).root, str(teacher.resolve()), store.root, config)
         for _ in range(workers)
     ]
     total = sum(len(unit.positions) for unit in units)
@@ -137,35 +141,37 @@ def make_rollouts(
         done += len(unit.positions)
         if on_progress is not None:
             on_progress(done, total, {})
-    lacking = [unit.file for unit in units if not (out / unit.file).is_file()]
-    if lacking:
+    if lacking := _missing(store, units):
         raise UserError(
-            f"{out / lacking[0]} (and {len(lacking) - 1} more) was made but is not there: the "
-            "actors run on nodes that do not share this folder; put --out on storage that all "
-            "nodes share"
+            f"{store.uri(lacking[0].file)} (and {len(lacking) - 1} more) was made but is not "
+            "there: the actors run on nodes that do not share this folder; put --out on storage "
+            "that all nodes share, or on S3"
         )
     manifest = RolloutManifest(
         **record, per_clip=per_clip, files=tuple(unit.file for unit in units)
     )
-    staging = out / f".{MANIFEST_FILE}.tmp"
-    staging.write_text(manifest.model_dump_json(indent=2) + "\n")
-    staging.replace(out / MANIFEST_FILE)
+    store.write_text(MANIFEST_FILE, manifest.model_dump_json(indent=2) + "\n")
     return total
 
 
-def _claim(out: Path, request: dict[str, Any]) -> None:
+def _claim(store: Store, request: dict[str, Any]) -> None:
     """Refuse a directory that holds rollouts of another request; else say whose it is."""
-    out.mkdir(parents=True, exist_ok=True)
-    path = out / REQUEST_FILE
-    text = json.dumps(request, indent=2, sort_keys=True) + "\n"
-    if not path.is_file():
-        path.write_text(text)
-    elif path.read_text() != text:
-        there = json.loads(path.read_text())
+    if not store.exists(REQUEST_FILE):
+        store.write_text(REQUEST_FILE, json.dumps(request, indent=2, sort_keys=True) + "\n")
+        return
+    there = json.loads(store.read_text(REQUEST_FILE))
+    if there != request:
         differs = next(name for name, value in request.items() if there.get(name) != value)
         raise UserError(
-            f"{out} holds rollouts with another {differs}; give another --out, or remove {out}"
+            f"{store.root} holds rollouts with another {differs}; give another --out, or remove "
+            f"{store.root}"
         )
+
+
+def _missing(store: Store, units: Sequence[Unit]) -> list[Unit]:
+    """Those whose file is not there."""
+    there = store.files()
+    return [unit for unit in units if unit.file not in there]
 
 
 def plan_units(dataset: DatasetPath, per_clip: int) -> list[Unit]:
@@ -226,7 +232,7 @@ class RolloutActor:
         torch.set_num_threads(config.launch.cpus_per_worker)
         self.device = torch.device("cuda" if config.launch.use_gpu else "cpu")
         self.dtype = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
-        self.config, self.out = config, Path(out)
+        self.config, self.store = config, open_store(out)
         whole = config.teacher.model_copy(update={"placement": "replicated"})
         plan = teacher_plan(config, Path(teacher))
         self.rollouts = LiveRollouts(
@@ -244,7 +250,7 @@ class RolloutActor:
         for first in range(0, len(unit.positions), size):
             batch, rollout = self.roll_out(unit, unit.positions[first : first + size])
             rows += rollout_rows(rollout, batch.clip_ids, unit.number, self.dtype)
-        write_rollouts(self.out / unit.file, rows)
+        write_rollouts(self.store, unit.file, rows)
 
     def roll_out(self, unit: Unit, positions: Sequence[int]) -> tuple[Any, Any]:
         """Batch and rollouts of the clips at `positions`."""

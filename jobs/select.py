@@ -9,6 +9,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from jobs.console import say
+from pipeline.lock import writing
 from pipeline.reselect import Choice, preview, reselect
 from streamdit.errors import UserError
 
@@ -46,7 +48,8 @@ def command(
         return
     if not choice.selected:
         raise UserError(f"selection {expression!r} keeps no clip of {dataset}: loosen it")
-    index = reselect(dataset, expression)
+    with writing(dataset, "streamdit select", say):
+        index = reselect(dataset, expression)
     console.print(
         f"{kept} kept; selection version {index.version} holds {index.rows:,}, "
         f"{index.held_out:,} of them held out"

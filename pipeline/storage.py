@@ -24,6 +24,8 @@ READ_TRIES = 5
 READ_WAIT_S = 0.5
 """Before a broken answer is asked for again; twice as long each time."""
 MISSING_CODES = ("404", "NoSuchKey", "NoSuchBucket", "NotFound")
+EXISTING_CODES = ("PreconditionFailed", "ConditionalRequestConflict")
+UNSUPPORTED_CODES = ("NotImplemented",)
 
 
 class StorageError(ConnectionError):
@@ -32,6 +34,14 @@ class StorageError(ConnectionError):
 
 class MissingObjectError(StorageError, FileNotFoundError):
     """There is no such object in an S3 store."""
+
+
+class ExistingObjectError(StorageError, FileExistsError):
+    """There already is such an object in an S3 store, and it was not to be replaced."""
+
+
+class UnsupportedRequestError(StorageError):
+    """An S3 store does not know this kind of request."""
 
 
 def is_s3(uri: str) -> bool:
@@ -152,8 +162,14 @@ def _as_os_errors(uri: str) -> Iterator[None]:
     try:
         yield
     except botocore.exceptions.ClientError as error:
-        missing = error.response.get("Error", {}).get("Code") in MISSING_CODES
-        raise (MissingObjectError if missing else StorageError)(f"{uri}: {error}") from None
+        code = error.response.get("Error", {}).get("Code")
+        kinds: dict[type[StorageError], tuple[str, ...]] = {
+            MissingObjectError: MISSING_CODES,
+            ExistingObjectError: EXISTING_CODES,
+            UnsupportedRequestError: UNSUPPORTED_CODES,
+        }
+        kind = next((kind for kind, codes in kinds.items() if code in codes), StorageError)
+        raise kind(f"{uri}: {error}") from None
     except (
         botocore.exceptions.BotoCoreError,
         boto3.exceptions.Boto3Error,

@@ -19,7 +19,9 @@ from typing import BinaryIO
 
 from pipeline.storage import (
     READ_AHEAD,
+    ExistingObjectError,
     S3Object,
+    UnsupportedRequestError,
     call_s3,
     is_s3,
     list_objects,
@@ -92,6 +94,10 @@ class Store(ABC):
     def exists(self, path: str) -> bool:
         """Whether there is such a file."""
         return self.size(path) is not None
+
+    @abstractmethod
+    def create_text(self, path: str, text: str) -> bool:
+        """Write a small file unless there is one; of several who try at once, one succeeds."""
 
     @abstractmethod
     def source(self, path: str) -> str | BinaryIO:
@@ -175,6 +181,17 @@ class DiskStore(Store):
         self.root = root
         self.folder = Path(root)
 
+    def create_text(self, path: str, text: str) -> bool:
+        """Write a small file unless there is one."""
+        target = self.folder / path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with target.open("x", encoding="utf-8") as file:
+                file.write(text)
+        except FileExistsError:
+            return False
+        return True
+
     def source(self, path: str) -> str:
         """Absolute path of a file."""
         return self.uri(path)
@@ -227,6 +244,23 @@ class S3Store(Store):
 
     def __init__(self, root: str) -> None:
         self.root = root
+
+    def create_text(self, path: str, text: str) -> bool:
+        """Write a small object unless there is one.
+
+        Where the store knows no conditional writes, two who try at the same moment both succeed.
+        """
+        if self.exists(path):
+            return False
+        uri = self.uri(path)
+        bucket, key = split_s3(uri)
+        try:
+            call_s3(uri, "put_object", Bucket=bucket, Key=key, Body=text.encode(), IfNoneMatch="*")
+        except ExistingObjectError:
+            return False
+        except UnsupportedRequestError:
+            self.write_text(path, text)
+        return True
 
     def source(self, path: str) -> BinaryIO:
         """A seekable file over ranged reads."""

@@ -21,6 +21,7 @@ from distillation.teacher import load_teacher
 from jobs.distill import distillation_job, teacher_plan
 from jobs.rollouts import RolloutActor, make_rollouts, plan_units
 from jobs.runtime import ray_runtime
+from pipeline.store import open_store
 from streamdit.errors import UserError
 from streamdit.io import load_model, read_model_config
 from training.metrics import read_metrics
@@ -68,9 +69,8 @@ def rollouts_dir(folder):
 def test_cached_target_is_the_live_target_of_the_same_draws(folder, actor, tmp_path):
     unit = plan_units(folder / "data", per_clip=1)[0]
     batch, live = actor.roll_out(unit, unit.positions)
-    write_rollouts(
-        tmp_path / "one.parquet", list(rollout_rows(live, batch.clip_ids, 0, torch.float32))
-    )
+    rows = list(rollout_rows(live, batch.clip_ids, 0, torch.float32))
+    write_rollouts(open_store(tmp_path), "one.parquet", rows)
     plan = teacher_plan(settings(), folder / "model")
     manifest = {
         "teacher_sha256": "",
@@ -133,6 +133,30 @@ def test_every_clip_has_its_rollouts_and_a_second_run_makes_none(folder, rollout
         count = make_rollouts(folder / "data", folder / "model", rollouts_dir, settings(), 2)
     assert count == 48
     assert files == {path.name: path.stat().st_mtime_ns for path in rollouts_dir.glob("*.parquet")}
+
+
+def test_rollouts_may_lie_in_an_s3_store(folder, rollouts_dir, s3):
+    """What a cluster whose nodes share no folder writes there, and a run reads from there."""
+    address = "s3://videos/rollouts"
+    with pytest.raises(UserError, match=f"{address} holds no finished rollouts"):
+        CachedRollouts(address)
+    with ray_runtime():
+        count = make_rollouts(folder / "data", folder / "model", address, settings(), 2)
+    assert count == 48
+    there, here = CachedRollouts(address), CachedRollouts(rollouts_dir)
+    assert there.manifest == here.manifest
+    clip_id, places = next(iter(here._places.items()))
+    assert there._places[clip_id] == places
+    for place in places:
+        assert there._groups.row(*place) == here._groups.row(*place)
+    job = distillation_job(
+        settings(rollouts=address), folder / "data", folder / "model", folder / "out"
+    )
+    same = distillation_job(
+        settings(rollouts=str(rollouts_dir)), folder / "data", folder / "model", folder / "out"
+    )
+    assert job.fingerprint() == same.fingerprint()
+    assert isinstance(job.make_objective(job, torch.device("cpu")).source, CachedRollouts)
 
 
 def test_rollouts_of_another_teacher_plan_or_data_set_are_refused(folder, rollouts_dir, tmp_path):
