@@ -39,7 +39,8 @@ from jobs.model_facts import count_parameters
 from jobs.options import Overrides
 from streamdit.autoencoder.io import read_record
 from streamdit.errors import UserError
-from streamdit.io import AUTOENCODER_FOLDER, StreamingModel
+from streamdit.io import AUTOENCODER_FOLDER
+from streamdit.loading import StreamingModel
 
 if TYPE_CHECKING:
     from training.config import TrainConfig

@@ -30,7 +30,7 @@ from jobs.measure import (
 from streamdit.config import DiTConfig
 from streamdit.decoding import ChunkDecoder, DecoderConfig
 from streamdit.denoiser import Denoiser
-from streamdit.io import StreamingModel
+from streamdit.loading import StreamingModel
 from streamdit.model.fast import FastConfig
 from streamdit.model.flops import PER_PROMPT, PER_SCHEDULE, count_flops
 from streamdit.model.quantise import ERROR_BOUND

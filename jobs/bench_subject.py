@@ -17,7 +17,8 @@ from streamdit.autoencoder.base import Autoencoder
 from streamdit.autoencoder.causal import CausalAutoencoder, CausalAutoencoderConfig
 from streamdit.config import DiTConfig, SamplingConfig, StreamDiTConfig, TextEncoderConfig
 from streamdit.errors import UserError
-from streamdit.io import StreamingModel, check_autoencoder, read_model_config, resolve_source
+from streamdit.io import read_model_config, resolve_source
+from streamdit.loading import StreamingModel, check_autoencoder
 from streamdit.model import StreamDiT
 from streamdit.published import TEXT_ENCODERS
 from streamdit.registered import download

@@ -17,7 +17,8 @@ from rich.table import Table
 from rich.text import Text
 
 from jobs.console import console
-from jobs.machine import Finding, examine
+from jobs.findings import Finding
+from jobs.machine import examine
 
 STYLES = {"ok": "green", "warning": "yellow", "missing": "bold red"}
 

@@ -16,7 +16,7 @@ from jobs.console import OnProgress
 from streamdit.config import SamplingConfig
 
 if TYPE_CHECKING:
-    from streamdit.io import StreamingModel
+    from streamdit.loading import StreamingModel
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def stream_batch(
     import torch
 
     from streamdit.decoding import to_uint8
-    from streamdit.io import DEFAULT_FAST
+    from streamdit.loading import DEFAULT_FAST
 
     fast = None if plain else DEFAULT_FAST
     denoiser = model.denoiser(list(prompts), seeds, sampling, fast=fast)

@@ -20,7 +20,7 @@ from jobs.sources import read_image, read_source
 from streamdit.config import SamplingConfig
 from streamdit.decoding import DecoderConfig
 from streamdit.errors import UserError
-from streamdit.io import DEFAULT_FAST, StreamingModel
+from streamdit.loading import DEFAULT_FAST, StreamingModel
 from streamdit.model.fast import FastConfig
 from streamdit.start import Guide
 from streamdit.stream import StreamChunk

@@ -9,7 +9,7 @@ import numpy as np
 from pipeline.clips import read_clip
 from pipeline.decode import DecodeError, probe
 from streamdit.errors import UserError
-from streamdit.io import StreamingModel
+from streamdit.loading import StreamingModel
 
 
 def read_image(path: Path) -> np.ndarray:

@@ -11,7 +11,8 @@ from evaluation.sprites import SpritePrompt
 from jobs.evaluate import stream_batch
 from streamdit.config import SamplingConfig, StreamDiTConfig
 from streamdit.errors import UserError
-from streamdit.io import StreamingModel, read_model_config
+from streamdit.io import read_model_config
+from streamdit.loading import StreamingModel
 
 TIMED_FRAMES = 64
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from streamdit.denoiser import Denoiser
     from streamdit.errors import UserError
-    from streamdit.io import StreamingModel, load
+    from streamdit.loading import StreamingModel, load
     from streamdit.model import StreamDiT
     from streamdit.partition import PartitionMixture, PartitionScheme
     from streamdit.stream import Stream, StreamChunk
@@ -42,9 +42,9 @@ _HOMES = {
     "Stream": "streamdit.stream",
     "StreamChunk": "streamdit.stream",
     "StreamDiT": "streamdit.model",
-    "StreamingModel": "streamdit.io",
+    "StreamingModel": "streamdit.loading",
     "UserError": "streamdit.errors",
-    "load": "streamdit.io",
+    "load": "streamdit.loading",
 }
 
 

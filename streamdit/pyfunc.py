@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from streamdit.io import StreamingModel, load
+from streamdit.loading import StreamingModel, load
 
 
 def _load_pyfunc(data_path: str) -> StreamPyFunc:

@@ -10,9 +10,10 @@ import pytest
 from typer.testing import CliRunner
 
 import jobs.doctor
-from jobs import machine
+from jobs import machine, services
 from jobs.cli import app
-from jobs.machine import Finding, without_secrets
+from jobs.findings import Finding
+from jobs.services import without_secrets
 
 
 @pytest.fixture(autouse=True)
@@ -108,7 +109,7 @@ def test_secrets_are_not_shown(monkeypatch, closed_port):
     monkeypatch.setenv(
         "MLFLOW_TRACKING_URI", f"postgresql://me:hunter2@127.0.0.1:{closed_port}/db?token=hunter2"
     )
-    findings = [*machine._s3(), *machine._mlflow()]
+    findings = [*services.s3(), *services.mlflow()]
     text = " ".join(f"{f.found} {f.remedy}" for f in findings)
     assert "127.0.0.1:9000" in text
     assert "credentials from the environment" in text
@@ -119,13 +120,13 @@ def test_secrets_are_not_shown(monkeypatch, closed_port):
 
 def test_ray_cluster_is_reached_or_reported(monkeypatch, closed_port):
     monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{closed_port}")
-    (finding,) = machine._ray()
+    (finding,) = services.ray()
     assert finding.status == "missing"
     assert "does not answer" in finding.found
     assert "unset it" in finding.remedy
     with socket.create_server(("127.0.0.1", 0)) as server:
         monkeypatch.setenv("RAY_ADDRESS", f"ray://127.0.0.1:{server.getsockname()[1]}")
-        (finding,) = machine._ray()
+        (finding,) = services.ray()
     assert finding.status == "ok"
     assert finding.found.endswith("is reachable")
 
@@ -133,7 +134,7 @@ def test_ray_cluster_is_reached_or_reported(monkeypatch, closed_port):
 def test_ray_auto_without_a_cluster_is_reported(monkeypatch, tmp_path):
     monkeypatch.setenv("RAY_ADDRESS", "auto")
     monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
-    assert [f.status for f in machine._ray()] == ["missing"]
+    assert [f.status for f in services.ray()] == ["missing"]
 
 
 @pytest.fixture
@@ -164,14 +165,14 @@ def test_mlflow_server_is_asked_for_its_health(monkeypatch, mlflow_server, answe
     address, handler = mlflow_server
     monkeypatch.setattr(handler, "status", answer)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
-    assert [f.status for f in machine._mlflow()] == [status]
+    assert [f.status for f in services.mlflow()] == [status]
 
 
 def test_mlflow_store_in_a_folder_must_be_writable(monkeypatch, tmp_path):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
-    assert [f.status for f in machine._mlflow()] == ["ok"]
+    assert [f.status for f in services.mlflow()] == ["ok"]
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/none/mlflow.db")
-    (finding,) = machine._mlflow()
+    (finding,) = services.mlflow()
     assert finding.status == "missing"
     assert f"{tmp_path}/none is no folder" in finding.found
 
