@@ -96,12 +96,12 @@ class Overview:
         """Clips by the status of their caption; empty before `annotate`."""
         if "caption_status" not in self.clips.column_names:
             return Counter()
-        return Counter(status or "none" for status in self.clips["caption_status"].to_pylist())
+        return _count(pc.fill_null(self.clips["caption_status"], "none"))
 
     @property
     def buckets(self) -> Counter[str]:
         """Clips by bucket."""
-        return Counter(self.clips["bucket"].to_pylist())
+        return _count(self.clips["bucket"])
 
     @property
     def kept(self) -> np.ndarray:
@@ -109,7 +109,7 @@ class Overview:
         if self.selected is None:
             return np.ones(len(self.clips), bool)
         found = pc.is_in(self.clips["clip_id"], value_set=self.selected["clip_id"])
-        return np.asarray(found.to_pylist(), bool)
+        return found.to_numpy()
 
     def thresholds(self, score: str) -> list[float]:
         """Numbers that the selection compares a score with."""
@@ -138,6 +138,11 @@ def read_overview(dataset_dir: DatasetPath) -> Overview:
         dead=tuple(_dead_reasons(store)),
         bytes=_bytes(store),
     )
+
+
+def _count(column: pa.ChunkedArray) -> Counter[str]:
+    """How often each value occurs."""
+    return Counter({row["values"]: row["counts"] for row in pc.value_counts(column).to_pylist()})
 
 
 def find_clip(dataset_dir: DatasetPath, clip_id: str) -> dict[str, Any] | None:

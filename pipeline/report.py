@@ -125,20 +125,23 @@ class _Pictures:
     """Frames of clips, each video read once at most for what is shown of it."""
 
     def __init__(self, overview: Overview) -> None:
-        self.rows = overview.clips.select(["clip_id", "uri", "start_s", "end_s"]).to_pylist()
+        self.clips = overview.clips.select(["clip_id", "uri", "start_s", "end_s"])
         self.stills: dict[int, str | None] = {}
 
     def still(self, index: int) -> str | None:
         """The middle frame of a clip."""
         if index not in self.stills:
-            frames = clip_frames(self.rows[index], 1, PICTURE_HEIGHT)
+            frames = clip_frames(self._row(index), 1, PICTURE_HEIGHT)
             self.stills[index] = data_url(frames[0]) if frames else None
         return self.stills[index]
 
     def strip(self, index: int) -> str | None:
         """A clip played out."""
-        frames = clip_frames(self.rows[index], STRIP_FRAMES, PICTURE_HEIGHT)
+        frames = clip_frames(self._row(index), STRIP_FRAMES, PICTURE_HEIGHT)
         return data_url(strip(frames)) if frames else None
+
+    def _row(self, index: int) -> dict[str, Any]:
+        return self.clips.slice(index, 1).to_pylist()[0]
 
 
 def _facts(overview: Overview) -> list[tuple[str, str]]:
@@ -188,12 +191,12 @@ def _resolutions(overview: Overview) -> list[tuple[str, int]]:
 
 
 def _durations(overview: Overview) -> str:
-    values = np.asarray(overview.sources["duration_s"].to_pylist(), float)
+    values = overview.sources["duration_s"].to_numpy()
     return histogram(values, np.ones(len(values), bool), [], "seconds per video")
 
 
 def _score_sheet(overview: Overview, name: str, pictures: _Pictures) -> ScoreSheet:
-    values = np.asarray(overview.clips[name].to_pylist(), float)
+    values = np.asarray(overview.clips[name], float)  # what was not measured becomes NaN
     limits = overview.thresholds(name)
     known = np.flatnonzero(np.isfinite(values))
     order = known[np.argsort(values[known], kind="stable")]
