@@ -1,4 +1,4 @@
-"""Teacher rollouts on disk, for a distillation that needs no teacher in memory.
+"""Teacher rollouts that are kept, for a distillation that needs no teacher in memory.
 
 rollouts/
   manifest.json        what was asked of which teacher on which data set; written last
@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from functools import partial
 from typing import Any, Literal
 
 import pyarrow as pa
@@ -30,6 +32,8 @@ from training.row_groups import RowGroups, read_tensor, tensor_columns
 MANIFEST_FILE = "manifest.json"
 TENSORS = ("start", "target")
 GROUP_BYTES = 16 << 20
+READERS = 16
+"""Files looked into at once; on S3 each look is a few requests."""
 
 ROLLOUT_SCHEMA = pa.schema(
     [
@@ -130,6 +134,14 @@ def write_rollouts(store: Store, file: str, rows: Sequence[dict[str, Any]]) -> N
     sink.finish()
 
 
+def _clips_of(store: Store, file: str) -> list[list[str]]:
+    """Clips of a file's rows, by row group."""
+    with pq.ParquetFile(store.source(file)) as parquet:
+        groups = range(parquet.num_row_groups)
+        tables = [parquet.read_row_group(group, columns=["clip_id"]) for group in groups]
+    return [table["clip_id"].to_pylist() for table in tables]
+
+
 class CachedRollouts:
     """Rollouts from files; a clip that has several gives one of them at random.
 
@@ -146,11 +158,11 @@ class CachedRollouts:
         self.manifest = read_manifest(store)
         self._groups = RowGroups(store)
         self._places: dict[str, list[tuple[str, int, int]]] = {}
-        for file in self.manifest.files:
-            with pq.ParquetFile(store.source(file)) as parquet:
-                for group in range(parquet.num_row_groups):
-                    clips = parquet.read_row_group(group, columns=["clip_id"])["clip_id"]
-                    for row, clip_id in enumerate(clips.to_pylist()):
+        with ThreadPoolExecutor(READERS) as readers:
+            clips = readers.map(partial(_clips_of, store), self.manifest.files)
+            for file, groups in zip(self.manifest.files, clips, strict=True):
+                for group, clip_ids in enumerate(groups):
+                    for row, clip_id in enumerate(clip_ids):
                         self._places.setdefault(clip_id, []).append((file, group, row))
 
     def check_fits(self, plan: RolloutPlan, parent: StreamDiTConfig, dataset: DatasetPath) -> None:

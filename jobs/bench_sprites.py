@@ -34,6 +34,7 @@ from jobs.sprite_models import (
     train_sprite_models,
 )
 from jobs.sprite_systems import System, plan_systems, stream_costs
+from pipeline.lock import writing
 from streamdit.config import StrictModel
 from streamdit.errors import UserError
 from streamdit.io import read_model_config
@@ -147,7 +148,8 @@ def _make_models(settings: SpriteStages, seeds: int, out: Path) -> list[SpriteMo
     """A teacher and its student for every seed, on one data set; finished ones are kept."""
     tracking = TrackingConfig(directory=str(out / "mlflow"), experiment="streamdit-bench-sprites")
     clock = StageClock(out / STAGES_FILE, stages=4 + 2 * seeds)
-    data = make_sprite_data(settings, out, tracking, clock)
+    with writing(out / "dataset", "streamdit bench sprites", say):
+        data = make_sprite_data(settings, out, tracking, clock)
     return [
         train_sprite_models(settings, data.dataset, out / f"seed-{seed}", tracking, clock, seed)
         for seed in range(seeds)

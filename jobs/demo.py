@@ -22,6 +22,7 @@ from jobs.generate import PromptChange, stream_frames
 from jobs.options import ConfigFile, Overrides
 from jobs.runtime import ray_runtime
 from jobs.sprite_models import SpriteStages, StageClock, make_sprite_data, train_sprite_models
+from pipeline.lock import writing
 from streamdit.config import SamplingConfig, StrictModel
 from streamdit.io import read_model_config
 from training.config import TrackingConfig
@@ -87,7 +88,8 @@ def run_demo(settings: DemoSettings, out: Path) -> Path:
     out.mkdir(parents=True, exist_ok=True)
     clock = StageClock(out / "stage-seconds.json", stages=8)
     tracking = TrackingConfig(directory=str(out / "mlflow"), experiment="streamdit-demo")
-    data = make_sprite_data(settings, out, tracking, clock)
+    with writing(out / "dataset", "streamdit demo", say):
+        data = make_sprite_data(settings, out, tracking, clock)
     models = train_sprite_models(settings, data.dataset, out, tracking, clock)
     with clock.stage("Score on prompts never trained on"):
         systems = score_systems(settings, models.teacher, models.student, out)

@@ -22,7 +22,7 @@ ALWAYS_EXCLUDED = (
     # version control, environments, caches
     *(".git/", ".venv/", "venv/", "node_modules/", "__pycache__/", ".*_cache/", "*.egg-info/"),
     # what the commands write by default
-    *("/runs/", "/data/", "mlruns/", "/build/", "/dist/", "/site/"),
+    *("/runs/", "/data/", "mlruns/", "/build/", "/dist/", "/site/", ".writing.json", "*.partial"),
     # video, datasets and weights
     *("*.mp4", "*.mkv", "*.mov", "*.webm", "*.avi", "*.parquet", "*.safetensors", "*.pt"),
     # settings that hold secrets

@@ -156,8 +156,7 @@ def make_rollouts(
 
 def _claim(store: Store, request: dict[str, Any]) -> None:
     """Refuse a directory that holds rollouts of another request; else say whose it is."""
-    if not store.exists(REQUEST_FILE):
-        store.write_text(REQUEST_FILE, json.dumps(request, indent=2, sort_keys=True) + "\n")
+    if store.create_text(REQUEST_FILE, json.dumps(request, indent=2, sort_keys=True) + "\n"):
         return
     there = json.loads(store.read_text(REQUEST_FILE))
     if there != request:

@@ -39,6 +39,19 @@ def command(
     `is None`. Nothing is encoded: clips that no selection so far has kept need `streamdit ingest`
     with the same selection.expression.
     """
+    if dry_run:
+        choose(dataset, expression, dry_run)
+        return
+    with writing(dataset, "streamdit select", say):
+        choose(dataset, expression)
+
+
+def choose(dataset: str, expression: str, dry_run: bool = False) -> None:
+    """Show what `expression` keeps and drops, and publish it unless `dry_run`.
+
+    Raises:
+        UserError: if it is wrong or keeps nothing, or the dataset is not encoded.
+    """
     choice = preview(dataset, expression)
     console = Console(highlight=False)
     console.print(choice_table(choice))
@@ -48,8 +61,7 @@ def command(
         return
     if not choice.selected:
         raise UserError(f"selection {expression!r} keeps no clip of {dataset}: loosen it")
-    with writing(dataset, "streamdit select", say):
-        index = reselect(dataset, expression)
+    index = reselect(dataset, expression)
     console.print(
         f"{kept} kept; selection version {index.version} holds {index.rows:,}, "
         f"{index.held_out:,} of them held out"

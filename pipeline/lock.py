@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import psutil
 from pydantic import ValidationError
 
 from pipeline.store import DatasetPath, Store, open_store
@@ -44,64 +43,66 @@ class WriterNote(StrictModel):
     """Within which `pid` means something."""
     pid: int
     """Process."""
-    process_start: float
-    """When the process began; a later one may get its number."""
+    process_start: str
+    """When the process began, in ticks since the machine did; a later one may get its number."""
     beat: int = 0
     """Goes up while the process lives."""
 
     @classmethod
     def of_this_process(cls, job: str) -> WriterNote:
         """A new note of this process."""
-        process = psutil.Process()
         return cls(
             holder=uuid.uuid4().hex,
             job=job,
             host=socket.gethostname(),
             namespace=_process_namespace(),
-            pid=process.pid,
-            process_start=process.create_time(),
+            pid=os.getpid(),
+            process_start=_running_since(os.getpid()) or "",
         )
 
     def is_alive(self) -> bool | None:
         """Whether the process is there; none if it cannot be looked for from here."""
         if (self.host, self.namespace) != (socket.gethostname(), _process_namespace()):
             return None
+        since = _running_since(self.pid)
+        if since is not None:
+            return since == self.process_start
         try:
-            process = psutil.Process(self.pid)
-            same = abs(process.create_time() - self.process_start) < 1.0
-            return same and process.status() != psutil.STATUS_ZOMBIE
-        except psutil.NoSuchProcess:
+            os.kill(self.pid, 0)
+        except ProcessLookupError:
             return False
-        except psutil.AccessDenied:
-            return None
+        except PermissionError:
+            pass
+        return None
 
 
 @contextmanager
 def writing(
-    dataset_dir: DatasetPath, job: str, on_wait: Callable[[str], None] | None = None
+    dataset_dir: DatasetPath, job: str, say: Callable[[str], None] | None = None
 ) -> Iterator[None]:
     """Be the one job that writes to a dataset.
 
     Args:
         dataset_dir: dataset directory or `s3://` prefix; created if missing.
         job: what is done, for the error that another job gets meanwhile.
-        on_wait: told why it takes a while, where a job on another machine may have been killed.
+        say: told why it takes a while, where a job on another machine may have been killed, and
+            what is wrong with the lock.
 
     Raises:
         UserError: if another job writes; or, at the end, if another took this one for dead.
     """
     store = open_store(dataset_dir)
-    note = WriterNote.of_this_process(job)
-    while not store.create_text(LOCK_FILE, _as_text(note)):
-        _wait_until_gone(store, on_wait)
-    beating = _Heartbeat(store, note)
+    tell = say or _say_nothing
+    is_new = not os.path.isdir(store.root)
+    beating = _Heartbeat(store, _take(store, job, tell), tell)
     beating.start()
     try:
         yield
     finally:
         beating.stop()
-        if _read(store, note.holder) is not None:
-            store.delete(LOCK_FILE)
+        beating.release()
+        if is_new:
+            store.delete_if_empty()  # a job that fails at once leaves no folder behind
     if beating.lost:
         raise UserError(
             f"another job took `{job}` for dead, for it had not renewed "
@@ -110,33 +111,53 @@ def writing(
         )
 
 
-def _wait_until_gone(store: Store, on_wait: Callable[[str], None] | None) -> None:
-    """Return once the lock is free, or free it if its job is gone.
+def _take(store: Store, job: str, tell: Callable[[str], None]) -> WriterNote:
+    """Take the lock; returns the note in it.
+
+    Raises:
+        UserError: if another job has it.
+    """
+    note = WriterNote.of_this_process(job)
+    freed = False
+    while True:
+        # Whoever asks again because the first answer was lost finds its own note.
+        if store.create_text(LOCK_FILE, _as_text(note)) or _is_held(store, note):
+            if not freed:
+                return note
+            time.sleep(LOOK_S)  # another that freed it too may have taken this note for the old one
+            if _is_held(store, note):
+                return note
+        freed = _wait_until_gone(store, tell) or freed
+
+
+def _wait_until_gone(store: Store, tell: Callable[[str], None]) -> bool:
+    """Return once the lock is free; tells whether it was freed here, for its job is gone.
 
     Raises:
         UserError: if the job lives.
     """
     first = _text(store)
     if first is None:
-        return
+        time.sleep(LOOK_S)
+        return False
     note = _parse(first)
     alive = note.is_alive() if note else None
     if alive:
         raise _busy(store, note)
     if alive is None:
-        if on_wait is not None:
-            who = f"`{note.job}` on {note.host}" if note else "another job"
-            on_wait(f"{who} was writing to {store.root}; looking whether it still is ...")
+        who = f"`{note.job}` on {note.host}" if note else "another job"
+        tell(f"{who} was writing to {store.root}; looking whether it still is ...")
         until = time.monotonic() + SILENT_S
         while time.monotonic() < until:
             time.sleep(LOOK_S)
             seen = _text(store)
             if seen is None:
-                return
+                return False
             if seen != first:
                 raise _busy(store, _parse(seen) or note)
     if _text(store) == first:
         store.delete(LOCK_FILE)
+    return True
 
 
 def _busy(store: Store, note: WriterNote | None) -> UserError:
@@ -150,9 +171,10 @@ def _busy(store: Store, note: WriterNote | None) -> UserError:
 class _Heartbeat:
     """Renews a note from a thread of its own."""
 
-    def __init__(self, store: Store, note: WriterNote) -> None:
+    def __init__(self, store: Store, note: WriterNote, tell: Callable[[str], None]) -> None:
         self.store = store
         self.note = note
+        self.tell = tell
         self.lost = False
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._run, name="dataset-lock", daemon=True)
@@ -166,16 +188,55 @@ class _Heartbeat:
         self._over.set()
         self._thread.join()
 
+    def release(self) -> None:
+        """Give the lock back; storage that fails now leaves it to the next job to see it is free.
+
+        What the job itself came to is not to be hidden by that.
+        """
+        try:
+            self._look()
+            if not self.lost:
+                self.store.delete(LOCK_FILE)
+        except OSError as error:
+            self.tell(f"{self.store.uri(LOCK_FILE)} cannot be removed: {error}")
+
+    def _look(self) -> None:
+        """Notice, and say once, if the note is another's."""
+        if not self.lost and not _is_held(self.store, self.note):
+            self.lost = True
+            self.tell(
+                f"another job took this one for dead and writes to {self.store.root} too: stop one "
+                "of them"
+            )
+
     def _run(self) -> None:
         while not self._over.wait(BEAT_S):
             try:
-                if _read(self.store, self.note.holder) is None:
-                    self.lost = True
+                self._look()
+                if self.lost:
                     return
                 self.note = self.note.model_copy(update={"beat": self.note.beat + 1})
                 self.store.write_text(LOCK_FILE, _as_text(self.note))
-            except OSError:
-                continue  # storage that does not answer now may do so at the next beat
+            except Exception as error:
+                # Storage that does not answer now, whatever its library raises, may do so later.
+                self.tell(f"{self.store.uri(LOCK_FILE)} cannot be renewed: {error}")
+
+
+def _say_nothing(text: str) -> None:
+    pass
+
+
+def _running_since(pid: int) -> str | None:
+    """When a process began, in ticks since the machine did; none without a process that runs.
+
+    Never from the clock: it may be set while the process runs.
+    """
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return None
+    state, *rest = stat.rpartition(")")[2].split()
+    return None if state in "ZX" else rest[18]
 
 
 def _process_namespace() -> str:
@@ -211,8 +272,8 @@ def _parse(text: str) -> WriterNote | None:
         return None
 
 
-def _read(store: Store, holder: str) -> WriterNote | None:
-    """The note, if it is the holder's."""
+def _is_held(store: Store, note: WriterNote) -> bool:
+    """Whether the lock is there, with the holder of `note`."""
     text = _text(store)
-    note = _parse(text) if text else None
-    return note if note and note.holder == holder else None
+    found = _parse(text) if text else None
+    return found is not None and found.holder == note.holder

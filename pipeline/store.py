@@ -13,7 +13,7 @@ import shutil
 import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -120,6 +120,10 @@ class Store(ABC):
         """Remove a file, if it is there."""
 
     @abstractmethod
+    def delete_if_empty(self) -> None:
+        """Remove the dataset's own folder, if there is one and nothing is in it."""
+
+    @abstractmethod
     def local_folder(self, folder: str) -> AbstractContextManager[str]:
         """A folder of the dataset as one on this machine's disk, for as long as the context."""
 
@@ -186,10 +190,15 @@ class DiskStore(Store):
         target = self.folder / path
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with target.open("x", encoding="utf-8") as file:
-                file.write(text)
+            file = target.open("x", encoding="utf-8")
         except FileExistsError:
             return False
+        try:
+            with file:
+                file.write(text)
+        except OSError:
+            target.unlink(missing_ok=True)
+            raise
         return True
 
     def source(self, path: str) -> str:
@@ -219,6 +228,11 @@ class DiskStore(Store):
     def delete(self, path: str) -> None:
         """Remove a file, if it is there."""
         (self.folder / path).unlink(missing_ok=True)
+
+    def delete_if_empty(self) -> None:
+        """Remove the folder, if nothing is in it."""
+        with suppress(OSError):
+            self.folder.rmdir()
 
     def local_folder(self, folder: str) -> AbstractContextManager[str]:
         """The folder itself."""
@@ -287,6 +301,9 @@ class S3Store(Store):
         """Remove an object, if it is there."""
         bucket, key = split_s3(self.uri(path))
         call_s3(self.uri(path), "delete_object", Bucket=bucket, Key=key)
+
+    def delete_if_empty(self) -> None:
+        """Nothing to do: a prefix is there as long as an object is."""
 
     @contextmanager
     def local_folder(self, folder: str) -> Iterator[str]:

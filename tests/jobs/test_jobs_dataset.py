@@ -1,11 +1,13 @@
 """`streamdit dataset` as a person uses it."""
 
 import json
+import os
 
 import pytest
 from typer.testing import CliRunner
 
 from jobs.cli import app
+from pipeline.lock import LOCK_FILE, writing
 
 
 @pytest.fixture
@@ -34,8 +36,32 @@ def test_a_folder_without_dataset_is_one_line(invoke, tmp_path, name):
     assert "holds no sources" in refusal(invoke(name, "empty"))
 
 
-def test_removing_from_a_folder_without_dataset_is_one_line(invoke):
+def test_removing_from_a_folder_without_dataset_is_one_line(invoke, tmp_path):
     assert "has no source a.mp4" in refusal(invoke("remove", "nowhere", "a.mp4"))
+    assert not (tmp_path / "nowhere").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "ingest {videos} --out {data} --only curate",
+        "select {data} True",
+        "dataset repair {data}",
+        "dataset remove {data} a.mp4",
+        "demo --out {demo}",
+        "bench sprites --out {demo}",
+    ],
+)
+def test_commands_that_write_wait_for_each_other(tmp_path, monkeypatch, arguments):
+    """Two that change a dataset at once would undo each other's index."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "videos").mkdir()
+    given = arguments.format(videos="videos", data="data", demo="demo").split()
+    data = "demo/dataset" if given[-1] == "demo" else "data"
+    with writing(data, "streamdit ingest"):
+        said = refusal(CliRunner().invoke(app, given))
+        assert f"`streamdit ingest` (process {os.getpid()} on" in said
+        assert [path.name for path in (tmp_path / data).iterdir()] == [LOCK_FILE]
 
 
 @pytest.fixture

@@ -130,7 +130,7 @@ def test_a_job_that_was_killed_here_is_passed_over_at_once(how, tmp_path, monkey
 def test_a_process_that_got_the_number_of_the_killed_one_is_not_it(store, monkeypatch):
     monkeypatch.setattr(lock, "SILENT_S", 3600.0)
     note = WriterNote.of_this_process("streamdit ingest")
-    leave(store, note.model_copy(update={"process_start": note.process_start - 100}))
+    leave(store, note.model_copy(update={"process_start": str(int(note.process_start) - 1)}))
     with writing(store.root, "streamdit ingest"):
         pass
 
@@ -188,12 +188,109 @@ def test_a_job_renews_its_note(store, quick):
     assert len(beats) > 2
 
 
-def test_a_job_that_was_taken_for_dead_says_so_at_its_end(store, quick):
+def test_a_job_that_was_taken_for_dead_says_so_at_once_and_at_its_end(store, quick):
+    said = []
+
     def be_taken_for_dead():
-        with writing(store.root, "streamdit ingest"):
-            leave(store, foreign())
-            threading.Event().wait(0.5)
+        with writing(store.root, "streamdit ingest", said.append):
+            for _ in range(3):  # a beat may have been about to be written
+                leave(store, foreign())
+                threading.Event().wait(0.3)
+            assert len(said) == 1
 
     with pytest.raises(UserError, match="another job took `streamdit ingest` for dead"):
         be_taken_for_dead()
+    assert "writes to" in said[0]
     assert "other" in store.read_text(LOCK_FILE)  # the other's lock is left alone
+
+
+def test_loss_is_noticed_also_between_the_last_beat_and_the_end(store):
+    def be_taken_for_dead():
+        with writing(store.root, "streamdit ingest"):
+            leave(store, foreign())
+
+    with pytest.raises(UserError, match="another job took `streamdit ingest` for dead"):
+        be_taken_for_dead()
+
+
+def test_of_two_that_find_a_killed_job_one_goes_on(store, quick, monkeypatch):
+    """The slower one deletes the note of the faster one, which it takes for the old one."""
+    leave(store, foreign(host=WriterNote.of_this_process("x").host, pid=2**22 + 1))
+    create, delete, order = store.create_text, type(store).delete, []
+
+    def slow_to_create(path, text):
+        made = create(path, text)
+        if made and not order:
+            order.append("taken by the other")
+            delete(store, path)
+            leave(store, foreign(beat=len(order)))
+        return made
+
+    monkeypatch.setattr(lock, "open_store", lambda _: store)
+    monkeypatch.setattr(store, "create_text", slow_to_create)
+    timer = threading.Timer(0.3, leave, (store, foreign(beat=7)))
+    timer.start()
+    with pytest.raises(UserError, match="is writing to"), writing(store.root, "streamdit ingest"):
+        pass
+    timer.join()
+    assert order
+
+
+def test_a_request_that_was_repeated_finds_its_own_note(store, monkeypatch):
+    """A store whose answer is lost is asked again, and then says that the note is there."""
+    create = store.create_text
+    monkeypatch.setattr(lock, "open_store", lambda _: store)
+    monkeypatch.setattr(store, "create_text", lambda path, text: create(path, text) and False)
+    with writing(store.root, "streamdit ingest"):
+        assert store.exists(LOCK_FILE)
+    assert not store.exists(LOCK_FILE)
+
+
+def test_storage_that_fails_at_the_end_hides_nothing(store, monkeypatch):
+    said = []
+
+    def refuse(path):
+        raise StorageError("AccessDenied")
+
+    def fail():
+        with writing(store.root, "streamdit ingest", said.append):
+            monkeypatch.setattr(store, "delete", refuse)
+            raise UserError("what the job says")
+
+    monkeypatch.setattr(lock, "open_store", lambda _: store)
+    with pytest.raises(UserError, match="what the job says"):
+        fail()
+    assert said == [f"{store.uri(LOCK_FILE)} cannot be removed: AccessDenied"]
+
+
+def test_a_beat_that_fails_is_made_up_for(store, quick, monkeypatch):
+    said, write = [], store.write_text
+
+    def refuse_once(path, text):
+        if not said:
+            raise RuntimeError("no such luck")
+        write(path, text)
+
+    monkeypatch.setattr(lock, "open_store", lambda _: store)
+    monkeypatch.setattr(store, "write_text", refuse_once)
+    with writing(store.root, "streamdit ingest", said.append):
+        for _ in range(100):
+            threading.Event().wait(0.05)
+            if WriterNote.model_validate_json(store.read_text(LOCK_FILE)).beat > 1:
+                break
+        else:
+            pytest.fail("no beat after the failed one")
+    assert said == [f"{store.uri(LOCK_FILE)} cannot be renewed: no such luck"]
+
+
+def test_a_folder_that_nothing_came_into_is_not_left_behind(tmp_path):
+    with writing(tmp_path / "new", "streamdit ingest"):
+        pass
+    assert not (tmp_path / "new").exists()
+    (tmp_path / "given").mkdir()
+    with writing(tmp_path / "given", "streamdit ingest"):
+        pass
+    assert (tmp_path / "given").is_dir()
+    with writing(tmp_path / "used", "streamdit ingest"):
+        (tmp_path / "used" / "plan.json").write_text("{}")
+    assert (tmp_path / "used").is_dir()
