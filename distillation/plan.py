@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -161,8 +162,13 @@ class RolloutPlan:
     def at_segment(self, values: Sequence[float], positions: Tensor) -> Tensor:
         """Per frame `[b, f]`, the entry of N `values` for the segment it crosses (last for K)."""
         index = torch.div(positions, self.scheme.s, rounding_mode="floor")
-        table = torch.tensor([*values, values[-1]], device=positions.device)
-        return table[index]
+        return _table((*values, values[-1]), positions.device)[index]
+
+
+@cache
+def _table(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """`values` on a device, copied there once: the copy makes the host wait."""
+    return torch.tensor(values, device=device)
 
 
 def per_segment(

@@ -38,6 +38,7 @@ from jobs.errors import JobCommand
 from jobs.model_facts import count_parameters
 from jobs.options import Overrides
 from streamdit.autoencoder.io import read_record
+from streamdit.devices import choose_device
 from streamdit.errors import UserError
 from streamdit.io import AUTOENCODER_FOLDER
 from streamdit.loading import StreamingModel
@@ -146,7 +147,7 @@ def decode(
     json_file: JsonFile = None,
 ) -> None:
     """Time the decoding of a chunk; the transformer is not loaded."""
-    chosen = _device(device)
+    chosen = choose_device(device)
     if model is not None:
         subject = load_decoding(model, chosen)
     else:
@@ -335,13 +336,6 @@ def _quality(facts: dict[str, Any]) -> str:
     return "random weights, so no PSNR (give --model for one)"
 
 
-def _device(name: str | None) -> torch.device:
-    chosen = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if chosen.type == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"device {name} cannot be used: there is no CUDA device; try cpu")
-    return chosen
-
-
 def _subject(
     preset: str,
     model: str | None,
@@ -350,7 +344,7 @@ def _subject(
     autoencoder: str | None,
     text_tokens: int | None,
 ) -> StreamingModel:
-    chosen = _device(device)
+    chosen = choose_device(device)
     precisions = {"float32": torch.float32, "bfloat16": torch.bfloat16}
     name = dtype or ("bfloat16" if chosen.type == "cuda" else "float32")
     if name not in precisions:

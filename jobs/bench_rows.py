@@ -125,7 +125,8 @@ def measure_steps(subject: StreamingModel, effort: Effort) -> Measured:
     constant.
     """
     device, sampling = subject.device, subject.config.sampling
-    variants = step_variants(effort.compiled, capability_of(device))
+    dtype = subject.model.patch_embedding.weight.dtype
+    variants = step_variants(effort.compiled, capability_of(device), dtype)
     runs: dict[str, tuple[StreamingModel, FastConfig | None]] = {
         name: (subject, fast) for name, fast in variants.items()
     }
@@ -133,7 +134,6 @@ def measure_steps(subject: StreamingModel, effort: Effort) -> Measured:
         runs[FULL_ATTENTION] = whole, None
     denoisers, changes, peaks = _running_denoisers(runs)
     evaluations = 1 if sampling.guidance_scale == 1.0 else 2
-    dtype = subject.model.patch_embedding.weight.dtype
     shapes = layer_shapes(subject.config.model, evaluations)
     products = {CEILING: matmul_action(shapes, device, dtype)}
     if FLOAT8 in variants:
@@ -142,6 +142,8 @@ def measure_steps(subject: StreamingModel, effort: Effort) -> Measured:
         **{name: denoiser.step for name, denoiser in denoisers.items()},
         **{name: action for name, (action, _) in products.items()},
     }
+    for action, _ in products.values():
+        action()  # warm, as the variants are
     with progress("step", unit="rounds") as on_progress:
         timings = interleave(actions, device, on_progress=on_progress, **effort.bounds)
     ceilings = {name: count / timings[name].percentile(50) for name, (_, count) in products.items()}
@@ -334,7 +336,8 @@ def measure_decoding(subject: DecodingSubject, effort: Effort) -> Measured:
 def measure_streams(subject: StreamingModel, effort: Effort) -> Measured:
     """Time chunks of whole streams, from the first step's launch to pictures on the host."""
     device = subject.device
-    steps = step_variants(effort.compiled, capability_of(device))
+    dtype = subject.model.patch_embedding.weight.dtype
+    steps = step_variants(effort.compiled, capability_of(device), dtype)
     decoders = decoder_variants(effort.compiled, capability_of(device))
     exact = [fast for name, fast in steps.items() if name != FLOAT8]
     fast_decoder = list(decoders.values())[-1]

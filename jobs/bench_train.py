@@ -20,6 +20,7 @@ from training.config import TrainConfig
 from training.data import Batch
 from training.ema import ExponentialMovingAverage
 from training.engine import World, build_engine, join_world
+from training.failures import is_out_of_memory
 from training.metrics import device_peak_flops, peak_memory_bytes, sample_cost
 from training.objective import FlowMatching, stack_draws
 from training.order import sample_generator
@@ -138,6 +139,7 @@ def measure_training(subject: TrainingSubject, effort: Effort) -> Measured:
         **{_name(blocks, depth): subject.step(blocks) for blocks in fitting},
         CEILING: products,
     }
+    products()  # warm, as the steps are
     with progress("train", unit="rounds") as on_progress:
         timings = interleave(actions, device, on_progress=on_progress, **effort.bounds)
     ceiling = product_flops / timings[CEILING].percentile(50)
@@ -215,7 +217,9 @@ def _out_of_memory_passes() -> Iterator[list[str]]:
     failed: list[str] = []
     try:
         yield failed
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         failed.append(str(error))
 
 

@@ -19,8 +19,10 @@ def capability_of(device: torch.device) -> Capability:
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
 
 
-def step_variants(compiled: bool, capability: Capability) -> dict[str, FastConfig | None]:
-    """Optimisations of a step, each on top of those before."""
+def step_variants(
+    compiled: bool, capability: Capability, dtype: torch.dtype
+) -> dict[str, FastConfig | None]:
+    """Optimisations of a step of a model in `dtype`, each on top of those before."""
     variants: dict[str, FastConfig | None] = {
         PLAIN: None,
         "+ modulation table": FastConfig(text_memory=False),
@@ -33,7 +35,7 @@ def step_variants(compiled: bool, capability: Capability) -> dict[str, FastConfi
         variants["+ CUDA graph"] = graph
         cudnn = graph.model_copy(update={"attention": "cudnn"})
         variants["+ cuDNN attention"] = cudnn
-        if capability >= FLOAT8_CAPABILITY:
+        if capability >= FLOAT8_CAPABILITY and dtype == torch.bfloat16:
             variants[FLOAT8] = cudnn.model_copy(update={"float8": True})
     return variants
 

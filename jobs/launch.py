@@ -105,7 +105,7 @@ def _fit(job: TrainJob, own_runtime: bool) -> None:
     trainer = TorchTrainer(
         _worker,
         train_loop_config={"job": job},
-        torch_config=_torch_config(),
+        torch_config=_torch_config(launch_config.use_gpu),
         scaling_config=ScalingConfig(
             num_workers=launch_config.workers,
             use_gpu=launch_config.use_gpu,
@@ -140,17 +140,26 @@ def lost_worker(error: BaseException) -> bool:
     return find_cause(error, UserError) is None and find_cause(error, RayActorError) is not None
 
 
-def _torch_config() -> Any:
-    """Ray Train's process group, over the interface that has the node's address in the cluster."""
-    import ray
-    from ray.train.torch import TorchConfig
+def _prepare_worker(use_gpu: bool) -> None:
+    """What a Ray Train worker needs before its process group is made.
 
-    def use_interface_of_node() -> None:
-        use_interface_with(ray.util.get_node_ip_address())
+    Workers of a group without GPUs see none, which Ray does not see to. The group goes over the
+    interface that has the node's address in the cluster.
+    """
+    import ray
+
+    if not use_gpu:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    use_interface_with(ray.util.get_node_ip_address())
+
+
+def _torch_config(use_gpu: bool) -> Any:
+    """Ray Train's process group, of workers that are prepared for it."""
+    from ray.train.torch import TorchConfig
 
     class RoutedBackend(TorchConfig().backend_cls):  # type: ignore[misc]
         def on_start(self, worker_group: Any, backend_config: Any) -> None:
-            worker_group.execute(use_interface_of_node)
+            worker_group.execute(_prepare_worker, use_gpu)
             super().on_start(worker_group, backend_config)
 
     class RoutedConfig(TorchConfig):  # type: ignore[misc]

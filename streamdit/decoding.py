@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_map_only
 
 from streamdit.autoencoder.base import Autoencoder, DecoderState
 from streamdit.config import StrictModel
-from streamdit.model.compiling import allow_many_shapes
+from streamdit.model.compiling import compile_for_fixed_shapes
 
 
 class DecoderConfig(StrictModel):
@@ -74,8 +74,7 @@ class ChunkDecoder:
         self._autoencoder = converted(autoencoder, config.bfloat16, config.channels_last)
         self._decode: Callable[..., tuple[Tensor, Any]] = self._autoencoder.decode
         if config.compile:
-            allow_many_shapes()
-            self._decode = torch.compile(self._autoencoder.decode, dynamic=False)
+            self._decode = compile_for_fixed_shapes(self._autoencoder.decode)
         self._autotune = config.cudnn_autotune
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._state: DecoderState = None

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from streamdit.config import GammaConfig
+from streamdit.devices import to_device
 from streamdit.errors import UserError
 from streamdit.flow import VelocityFunction, euler_step, per_frame
 from streamdit.model import StreamDiT
@@ -54,13 +55,6 @@ def advance_buffer(
     """
     emitted = buffer[:, scheme.K : scheme.K + scheme.c].clone()
     return emitted, torch.cat([buffer[:, scheme.c :], entering], dim=1)
-
-
-def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """Copy a fresh CPU tensor to `device` without making the host wait for what runs there."""
-    if device.type != "cuda":
-        return tensor.to(device)
-    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 class Denoiser:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 
@@ -30,6 +31,8 @@ class Gpu:
 GPUS = {
     "h200": Gpu("H200 SXM", 989e12, 1979e12, 141e9, 4.8e12, "NVIDIA H200 data sheet"),
     "h100": Gpu("H100 SXM", 989e12, 1979e12, 80e9, 3.35e12, "NVIDIA H100 data sheet"),
+    "h100-nvl": Gpu("H100 NVL", 835e12, 1671e12, 94e9, 3.9e12, "NVIDIA H100 data sheet"),
+    "h100-pcie": Gpu("H100 PCIe", 756e12, 1513e12, 80e9, 2.0e12, "NVIDIA H100 PCIe data sheet"),
     "b200": Gpu("B200", 2250e12, 4500e12, 180e9, 8.0e12, "NVIDIA HGX B200 data sheet"),
     "a100": Gpu("A100 SXM 80 GB", 312e12, None, 80e9, 2.039e12, "NVIDIA A100 data sheet"),
     "a100-40gb": Gpu("A100 SXM 40 GB", 312e12, None, 40e9, 1.555e12, "NVIDIA A100 data sheet"),
@@ -40,4 +43,6 @@ GPUS = {
 
 def find_gpu(device_name: str) -> Gpu | None:
     """The GPU that PyTorch calls `device_name`, such as "NVIDIA H100 80GB HBM3"."""
-    return next((gpu for key, gpu in GPUS.items() if key.upper() in device_name.upper()), None)
+    said = set(re.split(r"[^a-z0-9]+", device_name.lower()))
+    fitting = [key for key in GPUS if said.issuperset(key.split("-"))]
+    return GPUS[max(fitting, key=len)] if fitting else None

@@ -14,6 +14,7 @@ from streamdit.autoencoder.base import Autoencoder
 from streamdit.config import AutoencoderIdentity, SamplingConfig, StreamDiTConfig
 from streamdit.decoding import DecoderConfig
 from streamdit.denoiser import Denoiser
+from streamdit.devices import choose_device
 from streamdit.errors import UserError
 from streamdit.io import load_model, resolve_source
 from streamdit.model import StreamDiT
@@ -236,7 +237,7 @@ def load(
     from streamdit.text import build_text_encoders
 
     directory = download(str(source)) if str(source).startswith("models:/") else Path(source)
-    chosen = _device(device)
+    chosen = choose_device(device)
     if dtype is None and chosen.type == "cuda":
         dtype = torch.bfloat16
     model, config = load_model(directory, chosen, dtype)
@@ -245,19 +246,6 @@ def load(
     check_autoencoder(autoencoder.identity, identity)
     encoders = build_text_encoders(config.text_encoders, device=chosen)
     return StreamingModel(config, model.eval(), autoencoder.eval(), encoders, chosen)
-
-
-def _device(device: torch.device | str | None) -> torch.device:
-    """The device asked for, or the best one there is."""
-    if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        chosen = torch.device(device)
-        torch.empty(0, device=chosen)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"device {device} cannot be used ({reason}); try cpu") from None
-    return chosen
 
 
 def check_autoencoder(found: AutoencoderIdentity, expected: AutoencoderIdentity) -> None:

@@ -28,6 +28,7 @@ from torch import Tensor
 from streamdit.autoencoder.causal import FACTORS, CausalAutoencoder
 from streamdit.autoencoder.io import read_record, save_autoencoder
 from streamdit.config import AutoencoderIdentity
+from streamdit.devices import to_device
 from streamdit.errors import UserError
 from training.autoencoder_clips import Clips, batches, open_clips
 from training.autoencoder_config import UNESSENTIAL, AutoencoderTrainConfig
@@ -199,7 +200,7 @@ class Run:
         self.model.train()
         with mixed_precision(self.device):
             mean, logvar = self.model.posterior(video)
-            noise = posterior_noise(mean.shape, self.config.seed, self.step).to(self.device)
+            noise = to_device(posterior_noise(mean.shape, self.config.seed, self.step), self.device)
             reconstruction = self.model.reconstruct(mean + noise * (0.5 * logvar).exp())
         loss, terms = autoencoder_loss(video, reconstruction, mean, logvar, self.config.loss)
         self.optimizer.zero_grad(set_to_none=True)
@@ -251,7 +252,8 @@ class Run:
         facts = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         refuse_another_run(checkpoints.parent, facts["fingerprint"], fingerprint)
         self.model.load_state_dict(load_file(folder / "weights.safetensors"))
-        state = torch.load(folder / "optimizer.pt", map_location=self.device, weights_only=True)
+        # Loading moves the moments to the weights' device; counts of steps belong to the host.
+        state = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
         self.optimizer.load_state_dict(state)
         self.step, self.seconds = facts["step"], facts["seconds"]
         return self.step

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from streamdit.errors import UserError
 from training.config import RunConfig
 from training.network import use_route_to_master
 
@@ -54,8 +55,12 @@ def join_world(timeout_s: float = 1800.0) -> World:
 
     Ray Train has made it already; torchrun and Slurm give RANK, WORLD_SIZE and an address; a
     plain process becomes a world of one.
+
+    Raises:
+        UserError: if the machine runs more workers than it has GPUs.
     """
     cuda = torch.cuda.is_available()
+    index = _gpu_of_worker() if cuda else 0
     if not dist.is_initialized():
         backend, timeout = "nccl" if cuda else "gloo", timedelta(seconds=timeout_s)
         if "RANK" in os.environ:
@@ -70,9 +75,22 @@ def join_world(timeout_s: float = 1800.0) -> World:
         atexit.register(dist.destroy_process_group)
     device = torch.device("cpu")
     if cuda:
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        device = torch.device("cuda", index)
         torch.cuda.set_device(device)
     return World(dist.get_rank(), dist.get_world_size(), device, _control_group(timeout_s))
+
+
+def _gpu_of_worker() -> int:
+    """Index of this worker's GPU among those that it sees."""
+    worker, there = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if worker < there:
+        return worker
+    if there == 1 and os.environ.get("SLURM_LOCALID") == str(worker):
+        return 0  # Slurm shows each of its tasks its own GPU only, if asked to bind them
+    raise UserError(
+        f"worker {worker} of this machine finds no GPU of its own, for there are {there}: start at "
+        f"most {there} workers here, or set CUDA_VISIBLE_DEVICES= to train on the CPUs"
+    )
 
 
 @cache

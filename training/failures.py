@@ -97,7 +97,7 @@ def memory_errors(
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        if not _is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         remedies, size = [], ""
         if batches:
@@ -128,8 +128,8 @@ def memory_errors(
         ) from error
 
 
-def _is_out_of_memory(error: Exception) -> bool:
-    """Whether an allocator said so (PyTorch's for CPUs raises a plain RuntimeError)."""
-    said = ("not enough memory", "can't allocate memory")
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an allocator said so: PyTorch's for CPUs, CUDA and cuBLAS raise plain errors."""
+    said = ("not enough memory", "can't allocate memory", "out of memory", "ALLOC_FAILED")
     allocators = isinstance(error, (torch.OutOfMemoryError, MemoryError))
     return allocators or any(part in str(error) for part in said)

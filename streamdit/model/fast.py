@@ -7,6 +7,7 @@ Only `float8` rounds more, and says so.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Literal
 
@@ -18,7 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from streamdit.config import StrictModel
 from streamdit.errors import UserError
 from streamdit.model.block import Block, TextMemory, WindowContext
-from streamdit.model.compiling import allow_many_shapes
+from streamdit.model.compiling import compile_for_fixed_shapes
 from streamdit.model.dit import StreamDiT
 from streamdit.model.prepared import Signals, TextMemories
 from streamdit.model.quantise import with_float8_linears
@@ -26,6 +27,12 @@ from streamdit.text.base import TextStates
 
 FLOAT8_CAPABILITY = (8, 9)
 """First CUDA compute capability that multiplies in e4m3."""
+
+POOL_STREAMS = 32
+"""CUDA streams of one priority that PyTorch deals out, per device."""
+
+_STREAMS_IN_USE: set[tuple[int, int]] = set()
+"""Device and handle of the CUDA streams that living graphs were captured on."""
 
 AttentionKernel = Literal["auto", "flash", "cudnn"]
 
@@ -111,7 +118,7 @@ class FastVelocity:
         assert capacity or not config.static_text, "static text memories need max_text_tokens"
         self._memories = TextMemories(self._model, capacity)
         self._text: TextStates | None = None
-        self._graph = StepGraph(self._evaluate, shape, device) if config.cuda_graph else None
+        self._graph = StepGraph(shape, device) if config.cuda_graph else None
 
     @torch.no_grad()
     def set_text(self, text: TextStates, null_text: TextStates | None = None) -> None:
@@ -132,7 +139,9 @@ class FastVelocity:
         self._signals.select(row)
         if not self.config.text_memory:
             self._memories.set(self._model.project_text(self._text))
-        return self._evaluate(latents) if self._graph is None else self._graph(latents)
+        if self._graph is None:
+            return self._evaluate(latents)
+        return self._graph(self._evaluate, latents)
 
     def _evaluate(self, latents: Tensor) -> Tensor:
         if self.guidance_scale == 1.0:
@@ -154,8 +163,7 @@ class FastVelocity:
 
 def compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """`function` compiled for fixed shapes; compiled once for all modules that are built alike."""
-    allow_many_shapes()
-    return torch.compile(function, fullgraph=True, dynamic=False, mode="max-autotune-no-cudagraphs")
+    return compile_for_fixed_shapes(function, fullgraph=True, mode="max-autotune-no-cudagraphs")
 
 
 def run_block(
@@ -185,47 +193,67 @@ def run_output(model: StreamDiT, x: Tensor, signals: Sequence[Tensor], latents: 
 class StepGraph:
     """A function of latents, captured as a CUDA graph at its first call and replayed since.
 
-    Whatever else the function reads must stay where it is in memory.
+    Whatever else the function reads must stay where it is in memory. The function is given at every
+    call and not kept: its owner holds this graph, and a circle of the two would hold the memory of
+    a stream that is over until Python looks for circles.
     """
 
     WARM_UP = 3
     """Calls before the capture, in which kernels are tuned and libraries set up."""
 
-    def __init__(
-        self,
-        function: Callable[[Tensor], Tensor],
-        shape: tuple[int, ...],
-        device: torch.device,
-    ) -> None:
-        self._function = function
+    def __init__(self, shape: tuple[int, ...], device: torch.device) -> None:
         self._latents = torch.zeros(shape, device=device)
         self._graph: torch.cuda.CUDAGraph | None = None
         self._result: Tensor | None = None
 
-    def __call__(self, latents: Tensor) -> Tensor:
-        """The function of `latents`, in a buffer that the next call overwrites."""
+    def __call__(self, function: Callable[[Tensor], Tensor], latents: Tensor) -> Tensor:
+        """The function of `latents`, in a buffer that the next call overwrites.
+
+        Args:
+            function: the same at every call.
+            latents: of the shape given before.
+        """
         # Capture and replay happen on the current device, which need not be the one of the tensors.
         with torch.cuda.device(self._latents.device):
             self._latents.copy_(latents)
             if self._graph is None:
-                self._graph = self._capture()
+                self._graph = self._capture(function)
             self._graph.replay()
         assert self._result is not None
         return self._result
 
-    def _capture(self) -> torch.cuda.CUDAGraph:
-        current, side = torch.cuda.current_stream(), torch.cuda.Stream()
+    def _capture(self, function: Callable[[Tensor], Tensor]) -> torch.cuda.CUDAGraph:
+        current, side = torch.cuda.current_stream(), self._own_stream()
         side.wait_stream(current)
         with torch.cuda.stream(side):
             for _ in range(self.WARM_UP):
-                self._function(self._latents)
+                function(self._latents)
         current.wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         # PyTorch's own stream for captures lies on whichever device was captured on first.
         # Other threads, such as one that encodes a prompt, may use the device meanwhile.
         with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
-            self._result = self._function(self._latents)
+            self._result = function(self._latents)
         return graph
+
+    def _own_stream(self) -> torch.cuda.Stream:
+        """A CUDA stream on which no other living graph was captured.
+
+        cuBLAS keeps its workspace by stream, the captured kernels use that workspace, and it is
+        freed with the first graph that was captured on the stream. PyTorch deals its streams out
+        again and again; of those with a high priority nothing else here takes any.
+        """
+        for _ in range(POOL_STREAMS):
+            side = torch.cuda.Stream(priority=-1)
+            key = (side.device_index, side.cuda_stream)
+            if key not in _STREAMS_IN_USE:
+                _STREAMS_IN_USE.add(key)
+                weakref.finalize(self, _STREAMS_IN_USE.discard, key)
+                return side
+        raise UserError(
+            f"{POOL_STREAMS} streams of this process replay CUDA graphs already; close some of "
+            "them, or leave out cuda_graph for further ones"
+        )
 
 
 def check_supported(config: FastConfig, device: torch.device, dtype: torch.dtype) -> None:

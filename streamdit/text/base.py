@@ -69,7 +69,11 @@ class TextStates(Mapping[str, MaskedStates]):
     def expand(self, batch: int) -> TextStates:
         """Repeat the states of one prompt `batch` times."""
         assert self.batch == 1
-        return self.select([0] * batch)
+        states: dict[str, MaskedStates] = {}
+        for name, (values, mask) in self._states.items():
+            masks = None if mask is None else mask.expand(batch, -1)
+            states[name] = (values.expand(batch, -1, -1), masks)
+        return TextStates(states)
 
     def where(self, keep: Tensor, other: TextStates) -> TextStates:
         """Rows of self where `keep [b]` is true, of `other` elsewhere (caption dropout).

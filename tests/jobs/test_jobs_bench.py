@@ -93,7 +93,7 @@ def test_matrix_products_in_float8_run_and_are_counted_like_others():
 
 
 def test_variants_for_a_cpu_need_no_gpu_and_add_one_switch_each():
-    names = list(step_variants(compiled=True, capability=None))
+    names = list(step_variants(compiled=True, capability=None, dtype=torch.bfloat16))
     assert names == [PLAIN, "+ modulation table", "+ text memory", "+ compiled blocks"]
     assert list(decoder_variants(compiled=False, capability=None)) == [
         PLAIN,
@@ -104,13 +104,14 @@ def test_variants_for_a_cpu_need_no_gpu_and_add_one_switch_each():
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_variants_for_a_gpu_end_with_float8_where_it_multiplies_in_it(compiled):
-    steps = step_variants(compiled, capability=(9, 0))
+    steps = step_variants(compiled, (9, 0), torch.bfloat16)
     assert list(steps)[-3:] == ["+ CUDA graph", "+ cuDNN attention", FLOAT8]
     assert steps[FLOAT8] == FastConfig(
         compile=compiled, cuda_graph=True, attention="cudnn", float8=True
     )
-    older = step_variants(compiled, capability=(8, 0))
+    older = step_variants(compiled, (8, 0), torch.bfloat16)
     assert older == {name: fast for name, fast in steps.items() if name != FLOAT8}
+    assert step_variants(compiled, (9, 0), torch.float32) == older
     decoders = list(decoder_variants(compiled, capability=(8, 0)).values())
     assert decoders[-1].cudnn_autotune
     assert decoders[-1].compile is compiled

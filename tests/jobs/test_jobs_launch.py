@@ -17,7 +17,7 @@ from latent_dataset import train_settings, write_dataset
 from training_runs import losses, tiny_job, train
 
 from jobs.errors import Stopped
-from jobs.launch import NewLines, _check_nodes, follow, launch, lost_worker
+from jobs.launch import NewLines, _check_nodes, _torch_config, follow, launch, lost_worker
 from jobs.runtime import ray_runtime
 from streamdit.errors import UserError
 from training.checkpoint import find_checkpoints, read_facts
@@ -267,3 +267,26 @@ def test_runtime_of_our_own_does_not_listen_to_the_dashboard_of_another():
             ray_constants.DASHBOARD_ADDRESS.encode(), ray_constants.KV_NAMESPACE_DASHBOARD
         )
     assert kept.decode().rpartition(":")[2] != str(ray_constants.DEFAULT_DASHBOARD_PORT)
+
+
+@pytest.mark.parametrize(("use_gpu", "seen"), [(False, ""), (True, "0,1")])
+def test_workers_without_gpus_see_none(monkeypatch, use_gpu, seen):
+    """Else each would take the GPU of its number, of which a machine may have fewer."""
+    import ray
+    from ray.train.torch import TorchConfig
+
+    made = []
+
+    class Group:
+        def execute(self, function, *arguments):
+            function(*arguments)
+
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    monkeypatch.setattr(ray.util, "get_node_ip_address", lambda: "127.0.0.1")
+    monkeypatch.setattr(
+        TorchConfig().backend_cls, "on_start", lambda self, group, config: made.append(config)
+    )
+    config = _torch_config(use_gpu)
+    config.backend_cls().on_start(Group(), config)
+    assert made == [config]
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == seen

@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate, pairwise
 
 import pytest
@@ -12,7 +13,13 @@ from streamdit.config import DiTConfig
 from streamdit.errors import UserError
 from streamdit.flow import guided_velocity
 from streamdit.model import StreamDiT, packed, prepared
-from streamdit.model.fast import FLOAT8_CAPABILITY, FastConfig, FastVelocity
+from streamdit.model.fast import (
+    _STREAMS_IN_USE,
+    FLOAT8_CAPABILITY,
+    POOL_STREAMS,
+    FastConfig,
+    FastVelocity,
+)
 from streamdit.model.prepared import ALIGNMENT, Signals, TextMemories
 from streamdit.model.quantise import (
     ERROR_BOUND,
@@ -31,11 +38,11 @@ LENGTHS = {"long": 7, "short": 2}
 CAPACITY = 12
 
 
-def model_for(modulation="zero", seed=3) -> StreamDiT:
+def model_for(modulation="zero", seed=3, width=SHAPE[2]) -> StreamDiT:
     config = DiTConfig.model_validate(
         {
             "latent_channels": SHAPE[0],
-            "buckets": [{"frames": 4, "height": 8, "width": 12, "window": [2, 2, 3]}],
+            "buckets": [{"frames": 4, "height": 8, "width": width, "window": [2, 2, 3]}],
             "width": 32,
             "depth": 3,
             "heads": 2,
@@ -303,7 +310,10 @@ def test_compiled_blocks_give_the_plain_velocity_and_are_compiled_twice_whatever
     assert counters["stats"]["unique_graphs"] == 4
 
 
-def test_one_process_serves_more_batch_sizes_than_pytorch_compiles_by_default(monkeypatch):
+@pytest.mark.parametrize("in_threads", [False, True])
+def test_one_process_serves_more_batch_sizes_than_pytorch_compiles_by_default(
+    monkeypatch, in_threads
+):
     compile_with_inductor = torch.compile
 
     def compile_eagerly(function, mode=None, **options):
@@ -314,14 +324,22 @@ def test_one_process_serves_more_batch_sizes_than_pytorch_compiles_by_default(mo
     model, levels = model_for(), schedule()
     sizes = range(1, 7)  # twice as many versions of a block, for its two kinds of windows
     assert 2 * len(sizes) > 8  # PyTorch's own limit
-    for batch in sizes:
+
+    def serve(batch):
         config = FastConfig(compile=True)
         fast = FastVelocity(model, levels, SHAPE, batch, config=config, max_text_tokens=CAPACITY)
         text, latents = prompt(batch, batch), torch.randn(batch, 4, *SHAPE)
         fast.set_text(text)
         with torch.no_grad():
             expected = model(latents, levels[4].expand(batch, -1), text)
-        assert relative_error(fast(latents, 4), expected) < TOLERANCE
+        if not in_threads:
+            return relative_error(fast(latents, 4), expected)
+        # As a server steps its streams; a thread has settings of torch.compile of its own.
+        with ThreadPoolExecutor(1) as thread:
+            return relative_error(thread.submit(fast, latents, 4).result(), expected)
+
+    for batch in sizes:
+        assert serve(batch) < TOLERANCE
 
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -350,12 +368,15 @@ FLOAT8_SWITCHES = {
 }
 
 
-def check_on_device(config, tolerance, guidance, dtype=torch.bfloat16, device="cuda"):
+def check_on_device(
+    config, tolerance, guidance, dtype=torch.bfloat16, device="cuda", width=SHAPE[2]
+):
     """Every step's velocity is the plain one, for two prompts, without waiting for the device."""
-    model, levels = model_for().to(device, dtype), schedule().to(device)
-    fast = FastVelocity(model, levels, SHAPE, 1, guidance, config, CAPACITY)
+    model, levels = model_for(width=width).to(device, dtype), schedule().to(device)
+    shape = (*SHAPE[:2], width)
+    fast = FastVelocity(model, levels, shape, 1, guidance, config, CAPACITY)
     null = prompt(9, lengths={"long": 3, "short": 1}).to(device)
-    latents = torch.randn(1, 4, *SHAPE, device=device)
+    latents = torch.randn(1, 4, *shape, device=device)
     for seed in (1, 2):
         text = prompt(seed, padded=seed == 2).to(device)
         fast.set_text(text, null)
@@ -379,6 +400,42 @@ def check_on_device(config, tolerance, guidance, dtype=torch.bfloat16, device="c
 def test_a_step_on_the_device_gives_the_plain_velocity_without_waiting_for_it(switch, guidance):
     config, tolerance = GPU_SWITCHES[switch]
     check_on_device(config, tolerance, guidance)
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("switch", GPU_SWITCHES)
+def test_a_step_of_many_tokens_takes_the_kernels_that_large_models_take(switch):
+    """Attention to packed text has another kernel from 129 tokens on, in some versions."""
+    config, tolerance = GPU_SWITCHES[switch]
+    check_on_device(config, tolerance, 3.0, width=24)
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_more_graphs_than_pytorch_has_streams_are_refused_and_a_dropped_one_makes_room():
+    model, levels = model_for().bfloat16().cuda(), schedule().cuda()
+    latents, text = torch.randn(1, 4, *SHAPE, device="cuda"), prompt(1).to("cuda")
+
+    def captured():
+        fast = FastVelocity(
+            model, levels, SHAPE, config=FastConfig(cuda_graph=True), max_text_tokens=CAPACITY
+        )
+        fast.set_text(text)
+        return fast, fast(latents, 4).clone()
+
+    streams = [captured() for _ in range(POOL_STREAMS - len(_STREAMS_IN_USE))]
+    with pytest.raises(UserError, match="replay CUDA graphs already"):
+        captured()
+    expected = streams[0][1]
+    gc.disable()
+    try:
+        del streams[5:]
+        streams.append(captured())
+    finally:
+        gc.enable()
+    for fast, _ in streams:
+        assert torch.equal(fast(latents, 4), expected)
 
 
 @pytest.mark.gpu

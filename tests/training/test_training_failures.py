@@ -14,6 +14,7 @@ from training_runs import losses, tiny_job, train
 
 from streamdit.errors import UserError
 from training.checkpoint import find_checkpoints
+from training.failures import is_out_of_memory
 from training.loop import train_loop
 from training.metrics import read_metrics
 from training.objective import FlowMatching
@@ -213,3 +214,17 @@ def test_a_call_is_run_in_the_main_thread_or_reported_late(monkeypatch):
         time.sleep(0.01)
     assert answers == [True]
     assert where == [threading.main_thread()]
+
+
+@pytest.mark.parametrize(
+    ("text", "known"),
+    [
+        ("CUDA error: out of memory", True),
+        ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", True),
+        ("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes", True),
+        ("CUDA error: an illegal memory access was encountered", False),
+        ("The size of tensor a (3) must match the size of tensor b (4)", False),
+    ],
+)
+def test_allocators_that_raise_plain_errors_are_understood(text, known):
+    assert is_out_of_memory(RuntimeError(text)) is known

@@ -8,9 +8,11 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 from latent_dataset import train_settings, write_dataset
 
-from training import network
+from streamdit.errors import UserError
+from training import engine, network
 from training.metrics import read_metrics
 
 ROOT = Path(__file__).parents[2]
@@ -116,3 +118,24 @@ def test_address_that_nobody_has_chooses_nothing(no_interface, monkeypatch):
     monkeypatch.setenv("MASTER_PORT", "29500")
     network.use_route_to_master()
     assert network.INTERFACE not in os.environ
+
+
+@pytest.mark.parametrize(
+    ("local_rank", "gpus", "slurm", "index"),
+    [("0", 1, False, 0), ("3", 8, False, 3), ("3", 1, True, 0)],
+)
+def test_each_worker_takes_the_gpu_of_its_number(monkeypatch, local_rank, gpus, slurm, index):
+    monkeypatch.setenv("LOCAL_RANK", local_rank)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.delenv("SLURM_LOCALID", raising=False)
+    if slurm:  # which may show each task its own GPU alone
+        monkeypatch.setenv("SLURM_LOCALID", local_rank)
+    assert engine._gpu_of_worker() == index
+
+
+def test_more_workers_than_gpus_are_refused(monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    monkeypatch.delenv("SLURM_LOCALID", raising=False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(UserError, match="worker 2 of this machine finds no GPU of its own"):
+        engine._gpu_of_worker()
