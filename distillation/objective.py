@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.nn.functional import one_hot
 
 from distillation.plan import KINDS, RolloutPlan, per_segment
-from distillation.rollout import LiveRollouts, RolloutSource
+from distillation.rollout import LiveRollouts, Rollout, RolloutSource
 from streamdit.flow import VelocityFunction, flow_matching_loss
 from streamdit.io import read_model_config
 from training.data import Batch
@@ -57,23 +58,39 @@ class MultistepDistillation:
     def __call__(
         self, student: VelocityFunction, batch: Batch, draws: Draws
     ) -> tuple[Tensor, Figures]:
-        """Loss over all frames that move; figures give it per kind of buffer."""
+        """Loss over the frames that move; figures give it per kind of buffer and per segment."""
         rollout = self.source(student, batch, draws)
         moving = rollout.moving.float()
         weight = moving * self.plan.at_segment(self.segment_weights, rollout.positions)
         weight = weight / moving.mean(dim=1, keepdim=True)
         tau = self.plan.levels(rollout.positions, rollout.moving, 0)
         prediction = student(rollout.start, tau, batch.text)
-        per_sample = flow_matching_loss(prediction, rollout.target, weight).mean(dim=1)
-        return per_sample.mean(), partial(_by_kind, per_sample.detach(), rollout.kind)
+        per_frame = flow_matching_loss(prediction, rollout.target, weight)
+        figures = partial(self._figures, per_frame.detach(), weight, rollout)
+        return per_frame.mean(dim=1).mean(), figures
 
+    def _figures(self, per_frame: Tensor, weight: Tensor, rollout: Rollout) -> Metrics:
+        """Figures of a batch with these weighted losses `[b, f]`."""
+        per_sample, kind = per_frame.mean(dim=1), rollout.kind
+        by_kind: Metrics = {
+            f"loss_{name}": Mean((per_sample * (kind == index)).sum(), (kind == index).sum())
+            for index, name in enumerate(KINDS)
+        }
+        return by_kind | self._by_segment(per_frame, weight, rollout)
 
-def _by_kind(per_sample: Tensor, kind: Tensor) -> Metrics:
-    """Loss of the samples of each kind of buffer."""
-    return {
-        f"loss_{name}": Mean((per_sample * (kind == index)).sum(), (kind == index).sum())
-        for index, name in enumerate(KINDS)
-    }
+    def _by_segment(self, per_frame: Tensor, weight: Tensor, rollout: Rollout) -> Metrics:
+        """Loss of the moving frames in each noise segment, 1 the noisiest, without its weight."""
+        segments = self.plan.scheme.N
+        index = torch.div(rollout.positions, self.plan.scheme.s, rounding_mode="floor")
+        counted = weight > 0
+        member = one_hot(index.clamp(max=segments - 1), segments) * counted[..., None]
+        losses = per_frame / torch.where(counted, weight, 1.0)
+        totals = (losses[..., None] * member).sum(dim=(0, 1))
+        counts = member.sum(dim=(0, 1))
+        return {
+            f"loss_segment_{number + 1}": Mean(totals[number], counts[number])
+            for number in range(segments)
+        }
 
 
 def make_objective(job: TrainJob, device: torch.device) -> MultistepDistillation:

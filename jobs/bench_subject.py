@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 WAN = "wan"
 """Name of diffusers' Wan VAE among the autoencoders."""
 
+RANDOM = "random"
+"""Source of an autoencoder of diffusers' that was loaded from nowhere."""
+
 WORDS = "abcdefghijklmnopqrstuvwxyz"
 
 
@@ -74,8 +77,8 @@ def random_subject(
 
     Args:
         preset: name of a training preset.
-        autoencoder: preset of an autoencoder, or `wan`; default: what the preset asks for, or that
-            of the same name, or the default one.
+        autoencoder: preset of an autoencoder, `wan`, or the directory of a trained one; default:
+            what the preset asks for, or that of the same name, or the default one.
         text_tokens: tokens of a prompt, per text encoder; default: the most that each gives.
         device: where it runs.
         dtype: precision of the transformer.
@@ -162,8 +165,17 @@ def _plan(preset: str) -> TrainConfig:
 def _random_decoder(
     plan: TrainConfig, preset: str, autoencoder: str | None, device: torch.device
 ) -> Autoencoder:
+    channels = plan.model.latent_channels
+    if autoencoder is not None and Path(autoencoder).is_dir():
+        trained = load_autoencoder(autoencoder, device)
+        if trained.identity.latent_channels != channels:
+            raise UserError(
+                f"{autoencoder} makes latents of {trained.identity.latent_channels} channels but "
+                f"preset {preset} takes {channels}; choose another of the two"
+            )
+        return trained.eval()
     asked = WAN if plan.autoencoder == "wan" else default_autoencoder(preset)
-    return random_autoencoder(autoencoder or asked, plan.model.latent_channels, device)
+    return random_autoencoder(autoencoder or asked, channels, device)
 
 
 def default_autoencoder(preset: str) -> str:
@@ -203,7 +215,7 @@ def random_wan(latent_channels: int) -> Autoencoder:
             f"Wan's VAE has {vae.config.z_dim} latent channels but the model {latent_channels}; "
             "choose another preset or another autoencoder"
         )
-    return WanAutoencoder(vae, source="random", sha256="")
+    return WanAutoencoder(vae, source=RANDOM, sha256="")
 
 
 @torch.no_grad()

@@ -238,7 +238,9 @@ def run_recipe(
                 say_once(f"stage {number}/{len(stages)}: {stage.name}")
                 if is_main_process():
                     _record(stage, job)
-                launch(replace(job, tags=job.tags | _tags(name, run_id)), address)
+                # The store was there when the recipe began; training does not wait for it since.
+                tags = job.tags | _tags(name, run_id)
+                launch(replace(job, tags=tags, store_may_be_away=True), address)
                 barrier()
     assert parent is not None
     return parent

@@ -100,7 +100,7 @@ def command(
     """
     client = connect(address)
     package = collect(working_dir, exclude or ())
-    variables = job_environment(env or [])
+    variables = {**revision_of(package), **job_environment(env or [])}
     words = job_arguments(job, list(arguments or []), package, VARIABLE in variables)
     entrypoint = shlex.join(["python", "-m", f"jobs.{job.value}", *words])
     identifier = submit(client, entrypoint, package, variables, job.value, cpus, gpus)
@@ -182,6 +182,16 @@ def _let_go(client: JobSubmissionClient, job: str) -> None:
 def _write(text: str) -> None:
     sys.stdout.write(text)
     sys.stdout.flush()
+
+
+def revision_of(package: Package) -> dict[str, str]:
+    """Environment variable with the git revision of the code, where that is sent along."""
+    from training.tracking import REVISION_VARIABLE, git_revision
+
+    if Path("training/tracking.py") not in package.files:
+        return {}
+    revision = git_revision(package.root)
+    return {REVISION_VARIABLE: revision} if revision else {}
 
 
 def job_environment(wanted: Sequence[str]) -> dict[str, str]:

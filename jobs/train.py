@@ -121,12 +121,18 @@ def parent_layers(
     """
     if parent is None:
         return []
+    known = read_model_config(parent)
+    if known.distilled is not None:
+        raise UserError(
+            f"{parent} is distilled: it takes one step per chunk, which training would undo; train "
+            "the model that it was distilled from, and distil the result"
+        )
     keys = {"model"}
     asked = any(override.startswith("lora") for override in overrides)
     if asked or (file is not None and "lora" in read_yaml(file)):
         keys |= {"partition", "sampling"}
-    known = read_model_config(parent).model_dump(mode="json", include=keys)
-    return [Layer(str(parent), OmegaConf.create(known), whole=True)]
+    values = known.model_dump(mode="json", include=keys)
+    return [Layer(str(parent), OmegaConf.create(values), whole=True)]
 
 
 if __name__ == "__main__":

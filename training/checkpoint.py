@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -160,6 +160,14 @@ def warn_of_damage(folder: Path, damage: str) -> None:
     logger.warning("%s is damaged (%s); trying the one before", folder, damage)
 
 
+def _warn_of_unfinished(root: Path, complete: Sequence[str]) -> None:
+    """Say that a newer checkpoint than the complete ones was never written to its end."""
+    newest = complete[0] if complete else ""
+    for folder in sorted(root.glob(f"{PREFIX}*"), reverse=True):
+        if folder.name > newest and not (folder / MARKER).is_file():
+            warn_of_damage(folder, f"it has no {MARKER}: it was not written to its end")
+
+
 def load_checkpoint(
     root: Path,
     engine: Any,
@@ -182,6 +190,8 @@ def load_checkpoint(
             f"workers see different checkpoints in {root}; put --out on storage that all nodes "
             "share"
         )
+    if world.is_main:
+        _warn_of_unfinished(root, folders[0])
     for name in folders[0]:
         folder = root / name
         try:

@@ -36,6 +36,7 @@ from training.config import AdapterConfig
 from training.job import TrainJob
 from training.lora import merged_weights, save_adapter
 from training.shards import Kind, SavedShards, files_with
+from training.tracking import git_revision
 
 Weights = Literal["ema", "raw"]
 """Averaged weights, or those of the last step."""
@@ -62,6 +63,7 @@ def write_record(job: TrainJob, manifest: Manifest) -> None:
     lineage = {
         "fingerprint": job.fingerprint(),
         "dataset_fingerprint": manifest.fingerprint,
+        "git_revision": git_revision(),
         "parent": read_model_config(job.parent).weights_sha256 if job.parent else None,
     }
     record = RunRecord(

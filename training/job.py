@@ -42,6 +42,7 @@ class TrainJob:
         parent: model directory to start from; None starts from random weights.
         tags: MLflow tags.
         distilled: what the result will have been distilled for; None for other training.
+        store_may_be_away: whether the run may begin while the MLflow store cannot be reached.
     """
 
     config: RunConfig
@@ -55,6 +56,7 @@ class TrainJob:
     parent: str | None = None
     tags: dict[str, str] = field(default_factory=dict)
     distilled: DistillationRecord | None = None
+    store_may_be_away: bool = False
 
     @property
     def model_directory(self) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -11,7 +12,7 @@ from urllib.parse import urlsplit
 from streamdit.files import replace_text
 from training.job import TrainJob
 from training.metrics import MetricsFile
-from training.tracking import ARTIFACTS, Tracker, make_client, tracking_uri
+from training.tracking import ARTIFACTS, Tracker, tracking_uri
 
 RUN_FILE = "mlflow-run.json"
 OUTBOX = "mlflow-outbox.jsonl"
@@ -50,12 +51,11 @@ class Records:
             },
             run_id=run_id or _known_run(job),
             outbox=Path(job.out) / OUTBOX,
+            on_made=partial(_note_run, job, job.fingerprint()),
+            may_be_away=job.store_may_be_away,
         )
-        known = {"run_id": self._tracker.run_id, "fingerprint": job.fingerprint()}
-        uri = tracking_uri(job.config.tracking)
-        if not urlsplit(uri).password:
-            known["tracking_uri"] = uri
-        replace_text(Path(job.out) / RUN_FILE, json.dumps(known) + "\n")
+        if self._tracker.run_id is not None:
+            _note_run(job, job.fingerprint(), self._tracker.run_id)
 
     @property
     def run_id(self) -> str | None:
@@ -93,13 +93,26 @@ def send_left(job: TrainJob) -> int:
         Records that still wait; 0 also where none did.
     """
     out, left = Path(job.out), 0
-    run_id = _known_run(job)
-    if run_id is None:
-        return 0
     # Either file of a pair may be there alone; a tracker sends both.
     for name in sorted({path.name.replace(ARTIFACTS, ".jsonl") for path in out.glob(OUTBOXES)}):
-        left += Tracker(make_client(job.config.tracking), run_id, out / name).leave()
+        tracker = Tracker.take_up(
+            job.config.tracking,
+            job.run_name,
+            _known_run(job),
+            out / name,
+            partial(_note_run, job, job.fingerprint()),
+        )
+        left += tracker.leave()
     return left
+
+
+def _note_run(job: TrainJob, fingerprint: str, run_id: str) -> None:
+    """Write down which MLflow run is this very job's."""
+    known = {"run_id": run_id, "fingerprint": fingerprint}
+    uri = tracking_uri(job.config.tracking)
+    if not urlsplit(uri).password:
+        known["tracking_uri"] = uri
+    replace_text(Path(job.out) / RUN_FILE, json.dumps(known) + "\n")
 
 
 def _known_run(job: TrainJob) -> str | None:

@@ -335,9 +335,10 @@ def version_tags(config: StreamDiTConfig, scores: Mapping[str, float]) -> dict[s
     for key in ("dataset_fingerprint", "parent", "run_id", "step"):
         if config.lineage.get(key) is not None:
             tags[key] = str(config.lineage[key])
-    revision = git_revision()
+    # Of the code that trained the model; of that which registers it where that is not known.
+    revision = config.lineage.get("git_revision") or git_revision()
     if revision:
-        tags["git_revision"] = revision
+        tags["git_revision"] = str(revision)
     return tags | {f"{SCORE_TAG}{key}": repr(float(value)) for key, value in scores.items()}
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import logging
 import os
 import subprocess
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,9 @@ logger = logging.getLogger(__name__)
 
 ARTIFACTS = ".artifacts.jsonl"
 """How the file for artifacts ends that could not be sent; all else is in the one without it."""
+
+REVISION_VARIABLE = "STREAMDIT_GIT_REVISION"
+"""Environment variable that tells the revision of code that was sent without its repository."""
 
 ALREADY_EXISTS = "RESOURCE_ALREADY_EXISTS"
 """What MLflow says to whoever makes what another client has just made."""
@@ -109,9 +114,14 @@ def _experiment(client: Any, name: str, location: str | None) -> str:
         return str(client.get_experiment_by_name(name).experiment_id)
 
 
-def git_revision() -> str | None:
-    """Revision of the checkout that the code runs from, or None outside one."""
-    root = Path(__file__).parents[1]
+def git_revision(root: Path | None = None) -> str | None:
+    """Revision of the checkout that the code runs from, or of `root`; None outside one.
+
+    A copy that a cluster runs is no checkout: whoever sends it tells its revision.
+    """
+    if root is None and REVISION_VARIABLE in os.environ:
+        return os.environ[REVISION_VARIABLE]
+    root = root or Path(__file__).parents[1]
     # Installed, the code may lie in an environment inside a repository that is somebody else's.
     if not (root / ".git").exists():
         return None
@@ -141,14 +151,23 @@ class Tracker:
 
     Args:
         client: MLflow client.
-        run_id: the run.
+        run_id: the run; None for one that `make` has yet to make.
         outbox: file for what cannot be sent while the server is away, artifacts in another beside
             it; None keeps all in memory.
+        make: makes the run once the store can be reached; returns its id.
     """
 
-    def __init__(self, client: Any, run_id: str, outbox: Path | None = None) -> None:
+    def __init__(
+        self,
+        client: Any,
+        run_id: str | None,
+        outbox: Path | None = None,
+        make: Callable[[], str] | None = None,
+    ) -> None:
         self.client = client
         self.run_id = run_id
+        self._make = make
+        self._making = threading.Lock()
         self._outbox = Outbox(self._send, outbox)
         self._artifacts = Outbox(self._send, outbox.with_suffix(ARTIFACTS) if outbox else None)
 
@@ -161,6 +180,8 @@ class Tracker:
         tags: Mapping[str, str] | None = None,
         run_id: str | None = None,
         outbox: Path | None = None,
+        on_made: Callable[[str], None] | None = None,
+        may_be_away: bool = False,
     ) -> Tracker:
         """Open a run, or continue the run `run_id` after a resume.
 
@@ -171,6 +192,8 @@ class Tracker:
             tags: further tags; the git revision is added.
             run_id: run to continue; the store need not be reachable then.
             outbox: file for what cannot be sent while the store is away.
+            on_made: told the id of a new run, from whichever thread makes it.
+            may_be_away: make a new run later, where the store cannot be reached now.
 
         Raises:
             UserError: if there is no run yet and the store cannot be reached.
@@ -181,17 +204,33 @@ class Tracker:
                 tracker = cls(client, run_id, outbox)
                 tracker._status("RUNNING")
                 return tracker
-        client, experiment_id = connect(config)
-        all_tags = {"mlflow.runName": run_name, **(tags or {})}
-        revision = git_revision()
-        if revision:
-            all_tags["mlflow.source.git.commit"] = revision
-        run = client.create_run(experiment_id, run_name=run_name, tags=all_tags)
-        tracker = cls(client, run.info.run_id, outbox)
+        all_tags, now = _all_tags(tags), int(time.time() * 1000)
+        make = partial(_make_run, config, run_name, all_tags, now, on_made)
+        try:
+            tracker = cls(make_client(config), make(), outbox)
+        except UserError:
+            if not may_be_away:
+                raise
+            tracker = cls(make_client(config), None, outbox, make)
+            for key, value in all_tags.items():  # for whoever sends what this process leaves
+                tracker.tag(key, value)
         flat = list(flatten(params or {}).items())
         for start in range(0, len(flat), MOST_PARAMS):
             tracker._outbox.put({"kind": "params", "values": flat[start : start + MOST_PARAMS]})
         return tracker
+
+    @classmethod
+    def take_up(
+        cls,
+        config: TrackingConfig,
+        run_name: str,
+        run_id: str | None,
+        outbox: Path,
+        on_made: Callable[[str], None],
+    ) -> Tracker:
+        """Send what a run has left in `outbox`; a run that could not even be made is made now."""
+        make = partial(_make_run, config, run_name, {}, int(time.time() * 1000), on_made)
+        return cls(make_client(config), run_id, outbox, make)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Log numbers of a step."""
@@ -229,6 +268,10 @@ class Tracker:
 
     def _send(self, calls: list[Call]) -> int:
         """Write the oldest calls: one, or as many metrics in a row as one request takes."""
+        with self._making:
+            if self.run_id is None:
+                assert self._make is not None, "a tracker has a run, or makes one"
+                self.run_id = self._make()
         together = 1
         if calls[0]["kind"] == "metrics":
             together = _metrics_in_a_row(calls)
@@ -259,6 +302,32 @@ class Tracker:
             path = Path(call["path"])
             upload = self.client.log_artifacts if path.is_dir() else self.client.log_artifact
             upload(self.run_id, str(path), call["folder"])
+
+
+def _make_run(
+    config: TrackingConfig,
+    name: str,
+    tags: dict[str, str],
+    began_ms: int,
+    on_made: Callable[[str], None] | None,
+) -> str:
+    """A new run that began at `began_ms`; returns its id.
+
+    Raises:
+        UserError: if the store cannot be reached.
+    """
+    client, experiment_id = connect(config)
+    run = client.create_run(experiment_id, start_time=began_ms, run_name=name, tags=tags)
+    run_id = str(run.info.run_id)
+    if on_made is not None:
+        on_made(run_id)
+    return run_id
+
+
+def _all_tags(tags: Mapping[str, str] | None) -> dict[str, str]:
+    """Tags of a run, with the git revision."""
+    revision = git_revision()
+    return {**(tags or {}), **({"mlflow.source.git.commit": revision} if revision else {})}
 
 
 def _metrics_in_a_row(calls: list[Call]) -> int:

@@ -93,7 +93,8 @@ def test_figures_weigh_each_kind_of_buffer_by_its_samples():
             parts[KINDS[draws["kind"][row]]].append(float(loss))
     found = means.reduce(Alone(rank=0, size=1, device=torch.device("cpu")))
     assert [name for name, losses in parts.items() if losses] == ["staircase", "uniform", "ramp"]
-    assert found == pytest.approx(
+    by_kind = {name: value for name, value in found.items() if "segment" not in name}
+    assert by_kind == pytest.approx(
         {f"loss_{name}": sum(of) / len(of) for name, of in parts.items() if of}, rel=1e-5
     )
 
@@ -187,7 +188,7 @@ def test_each_segment_can_have_its_own_guidance():
     assert staircase.round().tolist() == [4, 4, 3, 3, 2, 2, 1, 1]
 
 
-def test_loss_of_each_segment_has_its_weight():
+def test_loss_of_each_segment_has_its_weight_and_is_reported_without():
     """A student that is wrong by one in one segment only pays that segment's weight."""
     scheme = PartitionScheme(K=0, N=4, c=2, s=1)
     weights = (1.0, 2.0, 3.0, 10.0)
@@ -199,8 +200,23 @@ def test_loss_of_each_segment_has_its_weight():
             wrong = (scheme.segments() == segment).float()
             return gaussian_teacher(x, tau, text) + per_frame(wrong)
 
-        loss, _ = objective(student, batch, draws)
+        loss, figures = objective(student, batch, draws)
         torch.testing.assert_close(loss.item(), weight / 4 / 4, rtol=1e-4, atol=1e-6)
+        means = Means()
+        means.add(figures())
+        found = means.reduce(Alone(rank=0, size=1, device=torch.device("cpu")))
+        by_segment = [found[f"loss_segment_{number}"] for number in range(1, 5)]
+        expected = [float(number == segment) for number in range(1, 5)]
+        assert by_segment == pytest.approx(expected, abs=1e-4)
+
+
+def test_references_and_frames_that_wait_belong_to_no_segment():
+    scheme = PartitionScheme(K=2, N=3, c=2, s=4)
+    objective = distillation(gaussian_teacher, scheme, uniform=0.0, ramp=1.0)
+    draws, batch = draws_for(objective, 6), batch_of(torch.randn(6, *SHAPE))
+    _, figures = objective(lambda x, tau, text: torch.zeros_like(x), batch, draws)
+    counted = {name: mean.weight for name, mean in figures().items() if "segment" in name}
+    assert sum(map(int, counted.values())) == int(objective.source(None, batch, draws).moving.sum())
 
 
 def test_reference_frames_stay_and_carry_no_loss():
@@ -277,12 +293,14 @@ def drifting(chunks=4, **shares):
     return DriftConfig(chunks=chunks, **points)
 
 
+@pytest.mark.parametrize("references", [0, 2])
 @pytest.mark.parametrize("who", ["teacher", "student"])
-def test_drifted_buffer_is_what_the_stream_of_that_model_holds(who):
+def test_drifted_buffer_is_what_the_stream_of_that_model_holds(who, references):
     """Against the sampler itself: its buffer after as many chunks, from the same noise."""
     from streamdit.denoiser import Denoiser
 
-    scheme = PartitionScheme(K=0, N=4, c=2, s=3)
+    frames = (references, (8 - references) // 2, 2)  # K, N, c
+    scheme = PartitionScheme(*frames, s=3)
 
     def student(latents, tau, text):
         return 0.3 * latents.sin()
@@ -300,7 +318,7 @@ def test_drifted_buffer_is_what_the_stream_of_that_model_holds(who):
     for row in range(3):
         moves = int(draws["moved_chunks"][row])
         model, steps, w = (teacher, 3, 2.0) if who == "teacher" else (student, 1, 1.0)
-        denoiser = Denoiser(model, PartitionScheme(0, 4, 2, steps), SHAPE[1:], [0], None, w)
+        denoiser = Denoiser(model, PartitionScheme(*frames, steps), SHAPE[1:], [0], None, w)
         denoiser.set_text(states(1.0, 1), states(0.0, 1))
         while denoiser.filling:
             denoiser.step()

@@ -1,6 +1,7 @@
 """`streamdit bench`: figures that follow from the times, and variants that agree with plain."""
 
 import json
+import math
 import time
 
 import numpy as np
@@ -8,9 +9,14 @@ import pytest
 import torch
 from model_directory import write_model_directory
 from typer.testing import CliRunner
+from wan_pipeline import write_pipeline
 
-from jobs.bench_rows import CEILING, FULL_ATTENTION, Row, float8_verdict
+from jobs.bench_facts import decoding_facts
+from jobs.bench_rows import CEILING, Effort, Failures, Row
+from jobs.bench_steps import FULL_ATTENTION, float8_verdict
+from jobs.bench_streams import NO_DECODING, measure_streams
 from jobs.bench_subject import (
+    DecodingSubject,
     full_attention,
     most_text_tokens,
     prompt_of,
@@ -24,6 +30,8 @@ from jobs.bench_variants import FLOAT8, PLAIN, decoder_variants, step_variants
 from jobs.cli import app
 from jobs.config import load_config
 from jobs.measure import Timings, float8_matmul_action, interleave, matmul_action, sustain
+from streamdit.autoencoder import load_autoencoder
+from streamdit.autoencoder.io import save_autoencoder
 from streamdit.decoding import ChunkDecoder
 from streamdit.errors import UserError
 from streamdit.io import read_model_config
@@ -196,16 +204,129 @@ def test_step_reports_rates_of_the_work_that_is_left_and_results_equal_to_plain(
 
 def test_decoder_and_whole_streams_are_measured_too(tmp_path):
     figures, output = bench(tmp_path, "decode")
-    assert "random weights, so no PSNR (give --model for one)" in output
+    assert "random weights, so no PSNR (give --model, or --autoencoder DIR, for one)" in output
     assert "parameters in" not in output.splitlines()[1]
     rows = {row["variant"]: row for row in figures["rows"]}
     assert rows["+ channels last"]["difference"] < 0.01
     assert 0 < rows["+ bfloat16"]["difference"] < 0.05
     figures, output = bench(tmp_path, "stream", "--no-compile")
-    names = [row["variant"] for row in figures["rows"]]
-    assert names == [PLAIN, "+ fast step", "+ fast decoder", "+ decoding ahead"]
-    assert all(row["fps"] == pytest.approx(4e3 / row["p50_ms"]) for row in figures["rows"])
+    rows = {row["variant"]: row for row in figures["rows"]}
+    streams = [PLAIN, "+ fast step", "+ fast decoder", "+ decoding ahead", NO_DECODING]
+    assert list(rows) == [*streams, CEILING]
     assert "64×64, 4 frames a chunk" in output
+    subject = random_subject("demo", None, None, CPU, torch.float32)
+    tokens = {encoder.name: encoder.max_tokens for encoder in subject.config.text_encoders}
+    flops = count_flops(subject.config.model, text_tokens=tokens)
+    saved = sum(flops[part] for part in (*PER_SCHEDULE, *PER_PROMPT))
+    for name in streams:
+        row, work = rows[name], flops["total"] - (0 if name == PLAIN else saved)
+        assert row["fps"] == pytest.approx(4e3 / row["p50_ms"])
+        assert row["flops_per_second"] == pytest.approx(1e3 * work / row["p50_ms"])
+        ceiling = rows[CEILING]["flops_per_second"]
+        assert row["share_of_ceiling"] == pytest.approx(row["flops_per_second"] / ceiling)
+
+
+def test_all_is_measured_in_one_process_and_kept_part_by_part(tmp_path, monkeypatch):
+    figures, output = bench(tmp_path, "all", "--text-tokens", "10", "--no-compile")
+    assert list(figures) == ["step", "stream", "decode"]
+    assert [part["command"] for part in figures.values()] == list(figures)
+    assert all(f"bench {what}: demo" in output for what in figures)
+
+    def fail(*_):
+        raise RuntimeError("the decoder breaks")
+
+    (tmp_path / "figures.json").unlink()
+    monkeypatch.setattr("jobs.bench.measure_decoding", fail)
+    arguments = ["bench", "all", "--text-tokens", "10", "--rounds", "2", "--no-compile"]
+    file = str(tmp_path / "figures.json")
+    assert CliRunner().invoke(app, [*arguments, "--json", file]).exit_code != 0
+    assert list(json.loads((tmp_path / "figures.json").read_text())) == ["step", "stream"]
+
+
+def test_streams_run_with_the_step_that_was_fastest(monkeypatch):
+    taken = []
+    subject = random_subject("demo", None, 10, CPU, torch.float32)
+    whole_stream = type(subject).stream
+
+    def stream(self, *arguments, fast, **options):
+        taken.append(fast)
+        return whole_stream(self, *arguments, fast=fast, **options)
+
+    monkeypatch.setattr(type(subject), "stream", stream)
+    measure_streams(subject, Effort(rounds=1), "+ modulation table")
+    table_alone = FastConfig(text_memory=False)
+    assert taken == [None, table_alone, table_alone, table_alone]
+
+
+@pytest.mark.parametrize("command", ["step", "decode", "stream"])
+def test_a_variant_that_fails_is_named_and_the_others_are_measured(tmp_path, monkeypatch, command):
+    def breaks(*_, **__):
+        raise NotImplementedError("no such kernel\non this device")
+
+    broken = {"step": "+ text memory", "decode": "+ bfloat16", "stream": "+ fast decoder"}[command]
+    if command == "step":
+        monkeypatch.setattr("streamdit.model.prepared.TextMemories.set", breaks)
+        # Of the variants only that one keeps memories from step to step.
+        monkeypatch.setattr(
+            "jobs.bench_steps.step_variants", lambda *_: {PLAIN: None, broken: FastConfig()}
+        )
+    else:
+        decoder = "jobs.bench_streams.ChunkDecoder" if command == "decode" else None
+        target = decoder or "streamdit.stream.ChunkDecoder"
+        whole = ChunkDecoder
+
+        def make(autoencoder, device, config=None):
+            if config is not None and config.bfloat16 and not config.overlap:
+                breaks()
+            return whole(autoencoder, device, config)
+
+        monkeypatch.setattr(target, make)
+    options = ["--text-tokens", "10"] if command != "decode" else []
+    figures, output = bench(tmp_path, command, "--no-compile", *options)
+    rows = {row["variant"]: row for row in figures["rows"]}
+    assert rows[broken]["verdict"] == "failed: NotImplementedError: no such kernel"
+    assert rows[broken]["p50_ms"] is None
+    assert rows[PLAIN]["p50_ms"] > 0
+    assert "failed: NotImplementedError" in output
+
+
+def test_plain_must_work(monkeypatch):
+    failures = Failures()
+    with failures.allowed("+ text memory"):
+        raise RuntimeError
+    assert failures == {"+ text memory": "RuntimeError: no message"}
+    with pytest.raises(RuntimeError), failures.allowed(PLAIN):
+        raise RuntimeError
+    with pytest.raises(UserError), failures.allowed("+ float8"):
+        raise UserError("what the user asked for cannot be had")
+
+
+def test_a_preset_can_be_measured_with_a_trained_decoder(tmp_path):
+    for channels in (4, 16):
+        folder = tmp_path / str(channels)
+        trained = random_autoencoder("demo", channels, CPU)
+        save_autoencoder(trained, folder, training={"psnr": 31.25, "psnr_split": "held_out"})
+    figures, output = bench(tmp_path, "decode", "--autoencoder", str(tmp_path / "16"))
+    assert figures["autoencoder_trained"]
+    assert "PSNR 31.2 dB" in output
+    with pytest.raises(UserError, match="makes latents of 4 channels but preset demo takes 16"):
+        random_decoding("demo", str(tmp_path / "4"), CPU)
+
+
+def test_a_model_with_a_vae_of_diffusers_has_no_quality_to_state(tmp_path):
+    """Its directory is diffusers' own and holds no record of training."""
+    vae = load_autoencoder(str(write_pipeline(tmp_path)))
+    assert vae.identity.kind == "wan"
+    facts = decoding_facts(DecodingSubject(vae, (16, 4, 4), 1, CPU), "demo", None)
+    assert facts["autoencoder_trained"]
+    assert facts["autoencoder_psnr"] is None
+
+
+def test_rounds_and_seconds_bound_what_is_timed():
+    assert Effort().bounds == {"rounds": 30, "warm_up": 0, "seconds": 90.0}
+    assert Effort(rounds=5).bounds == {"rounds": 5, "warm_up": 0, "seconds": math.inf}
+    assert Effort(rounds=5, seconds=2.0).bounds == {"rounds": 5, "warm_up": 0, "seconds": 2.0}
+    assert Effort(seconds=2.0).bounds["seconds"] == 2.0
 
 
 def test_a_model_directory_is_measured_with_its_own_scheme_and_the_quality_of_its_decoder(tmp_path):

@@ -10,6 +10,7 @@ import os
 import signal
 import socket
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,7 @@ from streamdit.errors import UserError
 from training.checkpoint import find_checkpoints, read_facts
 from training.config import LaunchConfig, TrainConfig
 from training.job import TrainJob
+from training.loop import train_loop
 from training.metrics import MetricsFile, read_metrics
 from training.objective import make_flow_matching
 from training.run import Run
@@ -214,6 +216,27 @@ def test_records_that_a_finished_run_left_behind_are_sent_by_the_same_command(
     assert (found.data.metrics["late_0"], found.data.metrics["late_1"]) == (1.5, 2.5)
     assert found.info.status == "FINISHED"
     assert not any(outbox.exists() for outbox in outboxes)
+
+
+def test_a_stage_that_begins_and_ends_without_its_store_is_recorded_later(tmp_path, monkeypatch):
+    from mlflow import MlflowClient
+
+    dataset, out = write_dataset(tmp_path / "dataset"), tmp_path / "run"
+    away = {"uri": f"http://127.0.0.1:{free_port()}"}
+    with monkeypatch.context() as impatient:
+        impatient.setattr("training.outbox.CLOSE_WAIT_S", 0.2)
+        job = tiny_job(dataset, out, steps=1, tracking=away)
+        with pytest.raises(UserError, match=r"MLflow store .* cannot be used"):
+            train_loop(job)
+        train_loop(replace(job, store_may_be_away=True))
+    assert not (out / "mlflow-run.json").exists()
+    launch(tiny_job(dataset, out, steps=1))
+    record = json.loads((out / "mlflow-run.json").read_text())
+    found = MlflowClient(record["tracking_uri"]).get_run(record["run_id"])
+    assert found.info.status == "FINISHED"
+    assert found.data.metrics["loss"] == pytest.approx(losses(out)[1])
+    assert found.data.tags["fingerprint"] == record["fingerprint"]
+    assert not list(out.glob("mlflow-outbox*"))
 
 
 def test_lines_of_a_run_are_shown_once_also_when_it_resumes(tmp_path, capsys, monkeypatch):

@@ -3,6 +3,7 @@
 import json
 import os
 import socket
+import subprocess
 import time
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from typer.testing import CliRunner
 from jobs import cluster
 from jobs.cli import app
 from jobs.package import Package
-from jobs.submit import Job, job_arguments, job_environment
+from jobs.submit import Job, job_arguments, job_environment, revision_of
 from streamdit.errors import UserError
 
 PACKAGE = Package(Path("/work"), (Path("my.yaml"),), 1)
@@ -149,6 +150,18 @@ def test_environment_is_what_is_asked_for_and_the_store_without_secrets(monkeypa
     assert job_environment([]) == {}
     with pytest.raises(UserError, match="NOWHERE: it is not set here"):
         job_environment(["NOWHERE"])
+
+
+def test_revision_of_the_code_goes_along_where_the_code_does(tmp_path):
+    """The package has no repository in it, and what a cluster has installed may be other code."""
+    git = ("git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b")
+    for words in (["init"], ["commit", "--allow-empty", "--message=first"]):
+        subprocess.run([*git, *words], check=True, capture_output=True)
+    head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
+    code = Package(tmp_path, (Path("training/tracking.py"),), 1)
+    assert revision_of(code) == {"STREAMDIT_GIT_REVISION": head.stdout.strip()}
+    assert revision_of(Package(tmp_path, (Path("settings.yaml"),), 1)) == {}
+    assert revision_of(Package(tmp_path / "elsewhere", code.files, 1)) == {}
 
 
 @pytest.mark.parametrize(("options", "gpus"), [([], None), (["--gpus", "1"], 1.0)])

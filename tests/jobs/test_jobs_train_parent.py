@@ -9,6 +9,8 @@ from model_directory import write_model_directory
 from jobs.config import load_config
 from jobs.recipe import plan_stages, read_recipe
 from jobs.train import parent_layers
+from streamdit.config import DistillationRecord, DistilledScheme
+from streamdit.errors import UserError
 from streamdit.io import read_model_config
 from training.config import TrainConfig
 
@@ -57,3 +59,20 @@ def test_every_stage_of_a_recipe_has_the_parents_shape(parent, tmp_path):
     assert {shape.model_dump_json() for shape in shapes} == {
         read_model_config(parent).model.model_dump_json()
     }
+
+
+def test_a_distilled_model_is_not_trained_on(parent):
+    """Training would undo what distillation taught it, and its record would still claim it."""
+    config = read_model_config(parent)
+    record = DistillationRecord(
+        schemes=(DistilledScheme(chunk_frames=1, reference_frames=0),),
+        starts=("ramp",),
+        continues=False,
+        teacher_sha256="0" * 64,
+        teacher_micro_steps=4,
+        teacher_guidance_scale=2.0,
+    )
+    text = config.model_copy(update={"distilled": record}).model_dump_json()
+    (parent / "config.json").write_text(text)
+    with pytest.raises(UserError, match=r"is distilled: .* train the model that it was distilled"):
+        parent_layers(parent)

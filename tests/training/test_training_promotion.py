@@ -14,7 +14,7 @@ from streamdit.config import DistillationRecord, DistilledScheme, SamplingConfig
 from streamdit.errors import UserError
 from streamdit.io import read_model_config, save_model_directory
 from training.config import TrackingConfig
-from training.registry import Promotion, find_registered, list_versions, register
+from training.registry import Promotion, find_registered, list_versions, register, version_tags
 from training.tracking import git_revision
 
 
@@ -93,6 +93,13 @@ def test_distilled_version_names_the_registered_teacher(folder, tracking):
     assert expected.items() <= student.tags.items()
     assert teacher.tags["dataset_fingerprint"] == "data-1"
     assert teacher.tags["git_revision"] == git_revision()
+
+
+def test_registered_revision_is_that_of_the_code_that_trained(folder):
+    config = read_model_config(folder / "teacher" / "model")
+    trained = config.model_copy(update={"lineage": config.lineage | {"git_revision": "abc"}})
+    assert version_tags(trained, {})["git_revision"] == "abc"
+    assert version_tags(config, {})["git_revision"] == git_revision()
 
 
 def test_artifact_has_a_card_with_a_sample_video_and_no_pickle(folder, tmp_path):

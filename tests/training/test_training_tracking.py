@@ -8,12 +8,14 @@ import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 from latent_dataset import write_dataset
 from training_runs import losses, train
 
 from streamdit.errors import UserError
+from training import tracking
 from training.config import TrackingConfig
 from training.outbox import Outbox
 from training.run import Run
@@ -166,6 +168,73 @@ def test_metrics_of_many_steps_travel_together(tmp_path):
     assert {metric.step: metric.value for metric in history} == {n: n / 2 for n in range(600)}
 
 
+@pytest.fixture
+def store_away(monkeypatch):
+    """A store that cannot be reached until the list is emptied."""
+    reasons, connect_at_once = ["away"], tracking.connect
+
+    def connect_when_back(config):
+        if reasons:
+            raise UserError("MLflow store cannot be used")
+        return connect_at_once(config)
+
+    monkeypatch.setattr(tracking, "connect", connect_when_back)
+    monkeypatch.setattr("training.outbox.RETRY_AFTER_S", 0.05)
+    return reasons
+
+
+def test_a_run_that_cannot_be_made_at_once_is_made_when_the_store_is_back(tmp_path, store_away):
+    """As that of a recipe's later stage; its time is that of its beginning."""
+    config, made = TrackingConfig(directory=str(tmp_path)), []
+    with pytest.raises(UserError, match="cannot be used"):
+        Tracker.start(config, "stage")
+    before = int(time.time() * 1000)
+    tracker = Tracker.start(
+        config,
+        "stage",
+        params={"steps": 3},
+        tags={"recipe": "paper"},
+        outbox=tmp_path / "outbox.jsonl",
+        on_made=made.append,
+        may_be_away=True,
+    )
+    began = int(time.time() * 1000)
+    tracker.log(1, {"loss": 0.5})
+    tracker.artifact(Path(__file__))
+    wait_for((tmp_path / "outbox.jsonl").exists)
+    assert (tracker.run_id, made) == (None, [])
+    store_away.clear()
+    tracker.finish()
+    assert made == [tracker.run_id]
+    found = tracker.client.get_run(tracker.run_id)
+    assert (found.info.run_name, found.info.status) == ("stage", "FINISHED")
+    assert before <= found.info.start_time <= began
+    assert found.data.params == {"steps": "3"}
+    assert found.data.tags["recipe"] == "paper"
+    assert found.data.metrics == {"loss": 0.5}
+    assert [item.path for item in tracker.client.list_artifacts(tracker.run_id)] == [
+        Path(__file__).name
+    ]
+
+
+def test_what_a_run_left_that_could_never_be_made_is_sent_with_its_tags(
+    tmp_path, store_away, monkeypatch
+):
+    monkeypatch.setattr("training.outbox.CLOSE_WAIT_S", 0.1)
+    config, outbox, made = TrackingConfig(directory=str(tmp_path)), tmp_path / "outbox.jsonl", []
+    options = {"params": {"steps": 3}, "tags": {"recipe": "paper"}}
+    tracker = Tracker.start(config, "stage", **options, outbox=outbox, may_be_away=True)
+    tracker.log(1, {"loss": 0.5})
+    tracker.finish()
+    assert tracker.run_id is None
+    store_away.clear()
+    assert Tracker.take_up(config, "stage", None, outbox, made.append).leave() == 0
+    found = tracker.client.get_run(made[0])
+    assert (found.info.run_name, found.info.status) == ("stage", "FINISHED")
+    assert (found.data.params, found.data.metrics) == ({"steps": "3"}, {"loss": 0.5})
+    assert found.data.tags["recipe"] == "paper"
+
+
 def open_run(folder, artifact_location, outbox=None):
     """A run whose figures are taken and whose artifacts go elsewhere."""
     config = TrackingConfig(directory=str(folder / "mlflow"))
@@ -266,6 +335,11 @@ def test_revision_is_that_of_the_own_checkout_or_none(tmp_path, monkeypatch):
         (tmp_path / folder).mkdir(parents=True)
         assert (git_revision() is not None) == found
     monkeypatch.setattr("training.tracking.__file__", str(tmp_path / "training" / "tracking.py"))
+    first = git_revision()
+    monkeypatch.setenv("STREAMDIT_GIT_REVISION", "of what was sent")  # as `streamdit submit` does
+    assert git_revision() == "of what was sent"
+    assert git_revision(tmp_path) == first
+    monkeypatch.delenv("STREAMDIT_GIT_REVISION")
     monkeypatch.setenv("PATH", "")  # as in an image without git
     assert git_revision() is None
 

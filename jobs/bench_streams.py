@@ -1,0 +1,184 @@
+"""What `streamdit bench decode` and `stream` measure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from jobs.bench_rows import (
+    CEILING,
+    Effort,
+    Failures,
+    Measured,
+    Row,
+    executed_flops,
+    fastest_of,
+    layer_shapes,
+    make_row,
+    ratios_of,
+    relative_error,
+    sustained_rows,
+    tokens_per_encoder,
+)
+from jobs.bench_subject import DecodingSubject, prompt_of
+from jobs.bench_variants import FLOAT8, PLAIN, capability_of, decoder_variants, step_variants
+from jobs.console import progress
+from jobs.measure import MemoryMeter, interleave, matmul_action
+from streamdit.decoding import ChunkDecoder, DecoderConfig
+from streamdit.loading import StreamingModel
+from streamdit.model.fast import FastConfig
+from streamdit.model.flops import count_flops
+from streamdit.stream import Stream
+
+NO_DECODING = "fast step, no decoding"
+"""Name of the row of a stream that is denoised only."""
+
+BURST = 4
+"""Chunks that a stream makes in one round: what it does ahead is then paid for in the round."""
+
+
+def measure_decoding(subject: DecodingSubject, effort: Effort) -> Measured:
+    """Time the decoding of one chunk after another, up to pictures on the host.
+
+    Differences are of the pictures, relative to the deviation of plain's.
+    """
+    device = subject.device
+    generator = torch.Generator().manual_seed(0)
+    shape = (1, subject.chunk_frames, *subject.latent_shape)
+    latents = torch.randn(shape, generator=generator).to(device)
+    decoders: dict[str, ChunkDecoder] = {}
+    peaks: dict[str, int | None] = {}
+    pictures: dict[str, torch.Tensor] = {}
+    variants = decoder_variants(effort.compiled, capability_of(device))
+    failures = Failures()
+    with progress("prepare", unit="variants") as on_progress:
+        for name, options in variants.items():
+            with failures.allowed(name), MemoryMeter(device) as meter:
+                decoder = ChunkDecoder(subject.autoencoder, device, options)
+                decoder.submit(latents).wait()
+                pixels = torch.from_numpy(decoder.submit(latents).wait())
+                meter.warm()
+                decoder.submit(latents).wait()
+            if name not in failures:
+                decoders[name], peaks[name] = decoder, meter.peak_bytes
+                pictures[name] = pixels.float() - 127.5
+            on_progress(len(decoders) + len(failures), len(variants), {})
+
+    def action(decoder: ChunkDecoder) -> Callable[[], object]:
+        return lambda: decoder.submit(latents).wait()
+
+    actions = {name: action(decoder) for name, decoder in decoders.items()}
+    with progress("decode", unit="rounds") as on_progress:
+        timings = interleave(actions, device, on_progress=on_progress, **effort.bounds)
+    frames = subject.autoencoder.frames_for(subject.chunk_frames, first=False)
+    rows = [
+        make_row(
+            name,
+            timings,
+            frames,
+            peak_bytes=peaks[name],
+            difference=relative_error(pictures[name], pictures[PLAIN]),
+        )
+        for name in decoders
+    ]
+    return Measured(
+        rows + failures.rows(),
+        ratios_of(timings, list(decoders)),
+        fastest_of(timings, list(decoders)),
+    )
+
+
+def measure_streams(
+    subject: StreamingModel, effort: Effort, fastest_step: str | None = None
+) -> Measured:
+    """Time chunks of whole streams, from the first step's launch to pictures on the host.
+
+    Rates are of the operations of denoising. One row denoises without decoding.
+
+    Args:
+        subject: what streams.
+        effort: how long to measure.
+        fastest_step: exact variant of the step to stream with; default: the last one.
+    """
+    device = subject.device
+    dtype = subject.model.patch_embedding.weight.dtype
+    steps = step_variants(effort.compiled, capability_of(device), dtype)
+    decoders = decoder_variants(effort.compiled, capability_of(device))
+    exact = fastest_step or [name for name in steps if name != FLOAT8][-1]
+    fast_step = steps[exact]
+    fast_decoder = list(decoders.values())[-1]
+    ahead = fast_decoder.model_copy(update={"overlap": True})
+    variants: dict[str, tuple[FastConfig | None, DecoderConfig]] = {
+        PLAIN: (None, DecoderConfig()),
+        "+ fast step": (fast_step, DecoderConfig()),
+        "+ fast decoder": (fast_step, fast_decoder),
+        "+ decoding ahead": (fast_step, ahead),
+    }
+    if FLOAT8 in steps:
+        variants[FLOAT8] = (steps[FLOAT8], ahead)
+    prompt = prompt_of(max(encoder.max_tokens for encoder in subject.config.text_encoders))
+    streams: dict[str, Stream] = {}
+    peaks: dict[str, int | None] = {}
+    failures = Failures()
+    with progress("prepare", unit="variants") as on_progress:
+        for name, (fast, decoder) in variants.items():
+            with failures.allowed(name), MemoryMeter(device) as meter:
+                running = subject.stream(prompt, fast=fast, decoder=decoder)
+                next(running)
+                next(running)
+                meter.warm()
+                next(running)
+            if name not in failures:
+                streams[name], peaks[name] = running, meter.peak_bytes
+            on_progress(len(streams) + len(failures), len(variants), {})
+    evaluations = 1 if subject.config.sampling.guidance_scale == 1.0 else 2
+    product, product_flops = matmul_action(
+        layer_shapes(subject.config.model, evaluations), device, dtype
+    )
+    actions = {name: _burst(running.__next__) for name, running in streams.items()}
+    if "+ fast step" in streams:
+        actions[NO_DECODING] = _burst(_chunks_alone(subject, prompt, fast_step))
+    actions[CEILING] = _burst(product)
+    actions[CEILING]()  # warm, as the streams are
+    with progress("stream", unit="rounds") as on_progress:
+        timings = interleave(actions, device, on_progress=on_progress, parts=BURST, **effort.bounds)
+    frames = subject.autoencoder.frames_for(subject.scheme().c, first=False)
+    ceiling = product_flops / timings[CEILING].percentile(50)
+    flops = count_flops(subject.config.model, text_tokens=tokens_per_encoder(subject))
+
+    def row(name: str, fast: FastConfig | None, peak_bytes: int | None) -> Row:
+        operations = subject.scheme().s * evaluations * executed_flops(flops, fast)
+        rate = operations / timings[name].percentile(50)
+        return make_row(
+            name,
+            timings,
+            frames,
+            flops_per_second=1e3 * rate,
+            share_of_ceiling=None if name == FLOAT8 else rate / ceiling,
+            peak_bytes=peak_bytes,
+        )
+
+    rows = [row(name, variants[name][0], peaks[name]) for name in streams]
+    rows += failures.rows()
+    if NO_DECODING in timings:
+        rows.append(row(NO_DECODING, fast_step, None))
+    rows.append(make_row(CEILING, timings, None, flops_per_second=1e3 * ceiling))
+    # No waiting between chunks, as where they are shown one after the other.
+    alone = {name: running.__next__ for name, running in streams.items()}
+    rows += sustained_rows(alone, timings, frames, device, effort.sustained)
+    return Measured(rows, ratios_of(timings, list(streams)), fastest_of(timings, list(streams)))
+
+
+def _chunks_alone(
+    subject: StreamingModel, prompt: str, fast: FastConfig | None
+) -> Callable[[], object]:
+    """Denoises a running stream by one chunk a call; nothing is decoded."""
+    denoiser = subject.denoiser([prompt], [0], fast=fast)
+    while denoiser.filling:
+        denoiser.step()
+    return lambda: [denoiser.step() for _ in range(subject.scheme().s)]
+
+
+def _burst(action: Callable[[], object]) -> Callable[[], object]:
+    return lambda: [action() for _ in range(BURST)]
