@@ -152,9 +152,10 @@ def _training_table(facts: dict[str, Any]) -> Table:
     memory = facts["memory"]["training"]
     devices = _count(memory["world_size"], "device")
     table = _table(f"training on {devices}, each", "ZeRO 1", "ZeRO 2", "ZeRO 3")
-    for name in ("weights", "gradients", "optimizer", "ema", "activations", "total"):
+    names = {"ema": "averaged weights", "step": "or, for the optimizer's step"}
+    for name in ("weights", "gradients", "optimizer", "ema", "activations", "step", "total"):
         sizes = (format_bytes(stage[name]) for stage in memory["stages"].values())
-        table.add_row({"ema": "averaged weights"}.get(name, name), *sizes)
+        table.add_row(names.get(name, name), *sizes)
     fewest = memory["fewest_recomputed"].values()
     table.add_row(
         f"activation_checkpointing on {facts['floor']['gpu']}",

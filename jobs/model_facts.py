@@ -72,6 +72,7 @@ class RunFacts:
     zero_stage: int = 1
     activation_checkpointing: bool | int = False
     ema: bool = True
+    offload_optimizer: bool = False
 
 
 @dataclass(frozen=True)
@@ -132,6 +133,7 @@ def _planned(preset: str, file: Path | None, overrides: list[str]) -> Subject:
             plan.zero_stage,
             plan.activation_checkpointing,
             plan.ema_decay > 0,
+            plan.offload_optimizer,
         ),
     )
 
@@ -308,14 +310,18 @@ def _training_memory(
     kept = activation_bytes(*shape, recomputed)
     stages, fewest = {}, {}
     for stage in (1, 2, 3):
-        memory = training_memory(parameters, stage, run.world_size, kept, run.ema)
+        memory = training_memory(
+            parameters, stage, run.world_size, kept, run.ema, run.offload_optimizer
+        )
         stages[str(stage)] = asdict(memory) | {"total": memory.total}
-        room = USABLE_SHARE * gpu.memory - (memory.total - kept)
-        fewest[str(stage)] = fewest_recomputed(*shape, room)
+        room = USABLE_SHARE * gpu.memory - memory.state
+        fits = memory.step <= room
+        fewest[str(stage)] = fewest_recomputed(*shape, room) if fits else None
     return {
         "world_size": run.world_size,
         "micro_batch": run.micro_batch,
         "zero_stage": run.zero_stage,
+        "offload_optimizer": run.offload_optimizer,
         "recomputed_blocks": recomputed,
         "activations": {
             "kept": activation_bytes(*shape),

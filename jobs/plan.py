@@ -341,7 +341,7 @@ def _stage_table(facts: dict[str, Any]) -> Table:
 
 
 def _memory_table(facts: dict[str, Any]) -> Table:
-    parts = ("weights", "gradients", "optimizer", "ema", "activations", "total")
+    parts = ("weights", "gradients", "optimizer", "ema", "activations", "step", "total")
     table = _table("memory of a GPU", *parts, "sent per step", "rate")
     for memory, network in zip(facts["memory"], facts["network"], strict=True):
         total = format_bytes(memory["total"]) + ("" if memory["fits"] else " too much")

@@ -7,7 +7,7 @@ A base to start from instead of noise: the weights give the same velocity here a
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +36,10 @@ from streamdit.weights import write_safetensors
 
 TEXT_ENCODER = "umt5"
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
-HUB_FILES = ("model_index.json", "transformer/*", "vae/*", "scheduler/*", "*/config.json")
+HUB_DESCRIPTION = ("model_index.json", "*/config.json")
+"""What says of a hub repository whether it can be converted."""
+
+HUB_FILES = (*HUB_DESCRIPTION, "transformer/*", "vae/*", "scheduler/*")
 """What conversion needs of a hub repository: all but the text encoder's weights."""
 
 SAMPLING_STEPS = 50
@@ -104,10 +107,12 @@ def convert(
     Raises:
         UserError: if there is no such model, or it cannot be converted, with the reason.
     """
-    root = find_pipeline(source)
-    check_single_expert(root, source)
+    described = find_pipeline(source, HUB_DESCRIPTION)
+    check_single_expert(described, source)
+    wan = read_wan_config(_read_json(described / "transformer" / "config.json", source), source)
+    # Gigabytes, which a model that cannot be converted need not be asked for.
+    root = find_pipeline(source, HUB_FILES)
     folder = root / "transformer"
-    wan = read_wan_config(_read_json(folder / "config.json", source), source)
     identity = _autoencoder(source, root)
     bucket = _bucket(shape or VideoShape(), identity, wan.patch_size)
     generation = GENERATIONS.get(identity.latent_channels, GENERATIONS[16])
@@ -140,8 +145,12 @@ def convert(
     return config
 
 
-def find_pipeline(source: str) -> Path:
-    """Local directory of a pipeline, downloaded without its text encoder's weights if need be.
+def find_pipeline(source: str, files: Sequence[str]) -> Path:
+    """Local directory of a pipeline, of which `files` are downloaded if need be.
+
+    Args:
+        source: directory or hub id.
+        files: patterns of what is needed.
 
     Raises:
         UserError: if there is none.
@@ -165,7 +174,7 @@ def find_pipeline(source: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(source, allow_patterns=list(HUB_FILES)))
+        return Path(snapshot_download(source, allow_patterns=list(files)))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(

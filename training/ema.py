@@ -19,18 +19,21 @@ class ExponentialMovingAverage:
 
     Args:
         engine: DeepSpeed engine.
-        decay: weight of the past at each update; 0 follows the weights themselves.
+        decay: weight of the past at each update; 0 averages nothing and keeps nothing.
     """
 
     def __init__(self, engine: Any, decay: float) -> None:
         self.engine = engine
         self.decay = decay
         self.updates = 0
-        self.shards = [partition.clone() for partition in master_partitions(engine)]
+        masters = master_partitions(engine) if decay else []
+        self.shards = [partition.clone() for partition in masters]
 
     @torch.no_grad()
     def update(self) -> None:
         """Take in the weights of one more optimizer step."""
+        if not self.decay:
+            return
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         self.updates += 1
         for shard, weights in zip(self.shards, master_partitions(self.engine), strict=True):
@@ -42,6 +45,8 @@ class ExponentialMovingAverage:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore this rank's shards."""
+        if not self.decay:
+            return
         self.updates = state["updates"]
         for shard, saved in zip(self.shards, state["shards"], strict=True):
             shard.copy_(saved)

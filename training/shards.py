@@ -141,8 +141,9 @@ def load_resharded(shards: SavedShards, engine: Any, ema: ExponentialMovingAvera
         "weights": masters,
         "exp_avg": [state["exp_avg"] for state in moments],
         "exp_avg_sq": [state["exp_avg_sq"] for state in moments],
-        "average": ema.shards,
     }
+    if ema.decay:
+        targets["average"] = ema.shards
     for held in fragments(engine):
         for kind, flats in targets.items():
             place = flats[held.group][held.offset : held.offset + held.numel]

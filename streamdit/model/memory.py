@@ -1,8 +1,8 @@
 """Device memory of the transformer in bf16, in training and in streaming.
 
 What is counted: weights, gradients, optimizer state, averaged weights, what the backward pass
-keeps, and the tensors of the largest block while it runs. What is not: fragmentation, buffers of
-communication and of kernels, and whatever else lives on the device.
+keeps, what the optimizer's step takes, and the tensors of the largest block while it runs. What is
+not: fragmentation, buffers of communication and of kernels, and whatever else lives on the device.
 """
 
 from __future__ import annotations
@@ -14,6 +14,13 @@ from streamdit.config import BucketConfig, DiTConfig
 BF16, FLOAT32 = 2, 4
 ADAM_BYTES = 3 * FLOAT32
 """Master weights and two moments of AdamW, per parameter."""
+
+STEP_BYTES = 2 * FLOAT32
+"""What a step needs for a while, per parameter: DeepSpeed's float32 copy of the gradients, and the
+square root of the second moments in PyTorch's AdamW."""
+
+SUB_GROUP = 10**9
+"""Parameters that ZeRO stage 3 steps at once."""
 
 EAGER_BYTES = 32
 """Largest live tensors of a block in eager mode without gradients, per token and feature: while
@@ -30,6 +37,7 @@ class TrainingMemory:
         optimizer: AdamW's float32 master weights and moments.
         ema: averaged weights in float32.
         activations: what the backward pass keeps.
+        step: what the optimizer's step takes, when no activation is left.
     """
 
     weights: int
@@ -37,20 +45,31 @@ class TrainingMemory:
     optimizer: int
     ema: int
     activations: int
+    step: int
+
+    @property
+    def state(self) -> int:
+        """What is there all the time."""
+        return self.weights + self.gradients + self.optimizer + self.ema
 
     @property
     def total(self) -> int:
-        """All of it."""
-        return self.weights + self.gradients + self.optimizer + self.ema + self.activations
+        """The most at any time."""
+        return self.state + max(self.activations, self.step)
 
 
 def training_memory(
-    parameters: int, stage: int, world_size: int, activations: int, ema: bool = True
+    parameters: int,
+    stage: int,
+    world_size: int,
+    activations: int,
+    ema: bool = True,
+    offload_optimizer: bool = False,
 ) -> TrainingMemory:
     """Memory of one device at a ZeRO stage.
 
     Stage 1 shards the optimizer state over the devices, 2 also the gradients, 3 also the weights.
-    The averaged weights follow the optimizer's shards at every stage.
+    The averaged weights follow the optimizer's shards at every stage, and into the host's memory.
 
     Args:
         parameters: of the model.
@@ -58,17 +77,23 @@ def training_memory(
         world_size: devices.
         activations: see :func:`activation_bytes`.
         ema: whether averaged weights are kept.
+        offload_optimizer: whether the optimizer's state is kept, and its step made, by the host.
     """
 
     def shard(size: int, from_stage: int) -> int:
         return -(-size // world_size) if stage >= from_stage else size
 
+    stepped = shard(parameters, 1)
+    if stage == 3:
+        stepped = min(stepped, SUB_GROUP)
+    here = not offload_optimizer
     return TrainingMemory(
         weights=shard(BF16 * parameters, 3),
         gradients=shard(BF16 * parameters, 2),
-        optimizer=shard(ADAM_BYTES * parameters, 1),
-        ema=shard(FLOAT32 * parameters, 1) if ema else 0,
+        optimizer=shard(ADAM_BYTES * parameters, 1) if here else 0,
+        ema=shard(FLOAT32 * parameters, 1) if here and ema else 0,
         activations=activations,
+        step=STEP_BYTES * stepped if here else 0,
     )
 
 

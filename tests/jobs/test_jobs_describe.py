@@ -97,7 +97,12 @@ def test_training_memory_follows_the_settings_of_the_run():
     totals = [stage["total"] for stage in training["stages"].values()]
     assert totals == sorted(totals, reverse=True)
     for stage in training["stages"].values():
-        assert stage["total"] == sum(size for name, size in stage.items() if name != "total")
+        state = sum(stage[name] for name in ("weights", "gradients", "optimizer", "ema"))
+        assert stage["total"] == state + max(stage["activations"], stage["step"])
+    offloaded = json.loads(describe("streamdit-4b", *settings, "offload_optimizer=true", "--json"))[
+        "memory"
+    ]["training"]["stages"]
+    assert {stage["optimizer"] for stage in offloaded.values()} == {0}
 
 
 def test_the_fewest_recomputed_blocks_that_fit_a_gpu_are_named():

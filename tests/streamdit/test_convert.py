@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from fnmatch import fnmatch
 
 import numpy as np
 import pytest
@@ -218,6 +219,32 @@ def test_two_experts_are_refused_with_the_reason(tmp_path):
     with pytest.raises(UserError, match=r"two transformers.*noise level 0.875.*both sides"):
         convert(str(source), tmp_path / "m")
     assert not (tmp_path / "m").exists()
+
+
+@pytest.mark.parametrize("kind", ["two experts", "image-to-video"])
+def test_a_hub_model_that_cannot_be_converted_is_not_downloaded(tmp_path, monkeypatch, kind):
+    changes = {"transformer_2": random_transformer(1), "boundary_ratio": 0.875}
+    source = write_pipeline(tmp_path / "hub", **(changes if kind == "two experts" else {}))
+    if kind == "image-to-video":
+        config = source / "transformer" / "config.json"
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"in_channels": 36}))
+    cache = tmp_path / "cache"
+
+    def snapshot_download(name, allow_patterns):
+        assert name == "Wan-AI/some-model"
+        for path in (path for path in source.rglob("*") if path.is_file()):
+            relative = path.relative_to(source)
+            if any(fnmatch(relative.as_posix(), pattern) for pattern in allow_patterns):
+                (cache / relative).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, cache / relative)
+        return str(cache)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    message = "two transformers" if kind == "two experts" else "conditioned on images"
+    with pytest.raises(UserError, match=message):
+        convert("Wan-AI/some-model", tmp_path / "m")
+    assert (cache / "transformer" / "config.json").is_file()
+    assert not list(cache.rglob("*.safetensors"))
 
 
 def edited(pipeline, tmp_path, file, **changes):

@@ -149,9 +149,26 @@ def test_a_setting_names_all_blocks_none_or_the_first_ones():
 def test_each_stage_shards_one_thing_more():
     """The published accounting of ZeRO: 2 + 2 + 12 bytes per parameter, and 4 for the average."""
     stages = [training_memory(1000, stage, world_size=8, activations=7) for stage in (1, 2, 3)]
-    assert [memory.total - 7 for memory in stages] == [
+    assert [memory.state for memory in stages] == [
         2000 + 2000 + 16000 // 8,
         2000 + 18000 // 8,
         20000 // 8,
     ]
-    assert training_memory(1000, 1, 1, 0, ema=False).total == 16000
+    assert training_memory(1000, 1, 1, 0, ema=False).state == 16000
+
+
+def test_the_optimizers_step_takes_the_place_of_activations():
+    """8 bytes per parameter that a device steps: the gradients in float32, and AdamW's own."""
+    small, large = (training_memory(1000, 1, 8, activations) for activations in (7, 7000))
+    assert small.step == large.step == 8 * 1000 // 8
+    assert small.total == small.state + 1000
+    assert large.total == large.state + 7000
+    # Stage 3 goes by groups of a billion parameters.
+    assert training_memory(4 * 10**9, 3, 1, 0).step == 8 * 10**9
+    assert training_memory(4 * 10**9, 2, 1, 0).step == 32 * 10**9
+
+
+def test_what_is_offloaded_is_in_the_hosts_memory():
+    memory = training_memory(1000, 2, 1, activations=7, offload_optimizer=True)
+    assert (memory.optimizer, memory.ema, memory.step) == (0, 0, 0)
+    assert memory.total == 2000 + 2000 + 7
