@@ -341,11 +341,12 @@ def _stage_table(facts: dict[str, Any]) -> Table:
 
 
 def _memory_table(facts: dict[str, Any]) -> Table:
-    parts = ("weights", "gradients", "optimizer", "ema", "activations", "step", "total")
-    table = _table("memory of a GPU", *parts, "sent per step", "rate")
+    parts = ("weights", "gradients", "optimizer", "ema")
+    table = _table("memory of a GPU", *parts, "transient", "total", "sent per step", "rate")
     for memory, network in zip(facts["memory"], facts["network"], strict=True):
         total = format_bytes(memory["total"]) + ("" if memory["fits"] else " too much")
-        cells = [format_bytes(memory[part]) for part in parts[:-1]]
+        cells = [format_bytes(memory[part]) for part in parts]
+        cells.append(format_bytes(max(memory["activations"], memory["step"])))
         sent = format_bytes(network["bytes_per_step"])
         rate = f"{format_bytes(network['rate'])}/s"
         table.add_row(f"ZeRO {memory['zero_stage']}", *cells, total, sent, rate)
