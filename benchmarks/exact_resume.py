@@ -59,7 +59,7 @@ CASES = (
     *(Case(stage, 2, killed, 2) for stage in (1, 2, 3) for killed in ((1,), (0, 1))),
     *(
         Case(stage, workers, tuple(range(workers)), 3 - workers)
-        for stage in (1, 3)
+        for stage in (1, 2, 3)
         for workers in (1, 2)
     ),
 )

@@ -85,8 +85,8 @@ def _gpu_of_worker() -> int:
     worker, there = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
     if worker < there:
         return worker
-    if there == 1 and os.environ.get("SLURM_LOCALID") == str(worker):
-        return 0  # Slurm shows each of its tasks its own GPU only, if asked to bind them
+    if there == 1 and (dist.is_initialized() or os.environ.get("SLURM_LOCALID") == str(worker)):
+        return 0  # Ray and Slurm may show each worker its own GPU only
     raise UserError(
         f"worker {worker} of this machine finds no GPU of its own, for there are {there}: start at "
         f"most {there} workers here, or set CUDA_VISIBLE_DEVICES= to train on the CPUs"

@@ -133,9 +133,18 @@ def test_each_worker_takes_the_gpu_of_its_number(monkeypatch, local_rank, gpus, 
     assert engine._gpu_of_worker() == index
 
 
-def test_more_workers_than_gpus_are_refused(monkeypatch):
+@pytest.mark.parametrize("gpus", [1, 2])
+def test_more_workers_than_gpus_are_refused(monkeypatch, gpus):
     monkeypatch.setenv("LOCAL_RANK", "2")
     monkeypatch.delenv("SLURM_LOCALID", raising=False)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     with pytest.raises(UserError, match="worker 2 of this machine finds no GPU of its own"):
         engine._gpu_of_worker()
+
+
+def test_a_worker_of_ray_may_see_its_own_gpu_alone(monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert engine._gpu_of_worker() == 0

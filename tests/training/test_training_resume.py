@@ -23,15 +23,17 @@ def dataset_dir(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def runs(dataset_dir, tmp_path_factory):
-    """One worker: a whole run, and a broken one that two workers finish. Two: broken ones."""
+    """One worker: a whole run, and broken ones that two workers finish. Two: broken ones."""
     folder = tmp_path_factory.mktemp("runs")
     train(dataset_dir, folder / "whole")
-    train(dataset_dir, folder / "one-then-two", crash_at=4)
-    together = [{"dataset": dataset_dir, "out": folder / "one-then-two"}]
-    together += [
-        {"dataset": dataset_dir, "out": folder / f"two-{stage}", "crash_at": 4, "zero_stage": stage}
-        for stage in STAGES
-    ]
+    together = []
+    for stage in STAGES:
+        begun = {"dataset": dataset_dir, "out": folder / f"one-then-two-{stage}"}
+        train(**begun, crash_at=4, zero_stage=stage)
+        together += [
+            begun | {"zero_stage": stage},
+            begun | {"out": folder / f"two-{stage}", "crash_at": 4, "zero_stage": stage},
+        ]
     train_together(folder, together)
     return folder
 
@@ -49,8 +51,9 @@ def assert_same_run(out, whole):
         torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-6)
 
 
-def test_two_workers_continue_what_one_began(runs):
-    assert_same_run(runs / "one-then-two", runs / "whole")
+@pytest.mark.parametrize("stage", STAGES)
+def test_two_workers_continue_what_one_began(runs, stage):
+    assert_same_run(runs / f"one-then-two-{stage}", runs / "whole")
 
 
 @pytest.mark.parametrize("stage", STAGES)
