@@ -62,6 +62,9 @@ class FastConfig(StrictModel):
     """Multiply in e4m3 inside the blocks (:mod:`streamdit.model.quantise`); needs a GPU of compute
     capability 8.9 or more to be fast. Changes the velocity by less than
     :data:`streamdit.model.quantise.ERROR_BOUND` of its norm."""
+    packed_text: bool = True
+    """Leave the padding of prompts out of text attention, where the device has a kernel for that
+    (:mod:`streamdit.model.packed`); it is masked elsewhere, and without this."""
     text_tokens: int | None = Field(default=None, gt=0)
     """Text tokens that compiled or captured steps make room for; default: the most that the text
     encoders give. Fewer save memory, and work where padding is computed too: on CPUs, in float32,
@@ -116,7 +119,7 @@ class FastVelocity:
             self._contexts = self._model.window_contexts(shape, device)
         capacity = (config.text_tokens or max_text_tokens) if config.static_text else None
         assert capacity or not config.static_text, "static text memories need max_text_tokens"
-        self._memories = TextMemories(self._model, capacity)
+        self._memories = TextMemories(self._model, capacity, config.packed_text)
         self._text: TextStates | None = None
         self._graph = StepGraph(shape, device) if config.cuda_graph else None
 

@@ -119,11 +119,13 @@ class TextMemories:
         model: whose text attention it is.
         capacity: tokens of a prompt that there is room for, for code that needs the buffers to
             stay in place. None: as many as the prompt has.
+        packed: whether to leave padding out, where that can be done; else it is masked.
     """
 
-    def __init__(self, model: StreamDiT, capacity: int | None = None) -> None:
+    def __init__(self, model: StreamDiT, capacity: int | None = None, packed: bool = True) -> None:
         self._model = model
         self._capacity = capacity
+        self._packed = packed
         self._text: PaddedText | PackedText | None = None
 
     def set(self, text: TextContext) -> None:
@@ -136,7 +138,7 @@ class TextMemories:
         key = torch.stack([memory.key for memory in memories])
         value = torch.stack([memory.value for memory in memories])
         tokens = key.shape[3]
-        packs = can_pack(key.device, key.dtype, key.shape[4])
+        packs = self._packed and can_pack(key.device, key.dtype, key.shape[4])
         if self._capacity is None:
             if text.mask is None or not packs:
                 self._text = PaddedText(key, value, text.mask)

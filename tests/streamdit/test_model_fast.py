@@ -153,6 +153,15 @@ def attention_by_prompt(query, key, value, query_ends, key_ends, longest_query, 
     return torch.cat(rows)
 
 
+def packed_or_padded(model, packed):
+    """How a padded prompt is kept."""
+    config = FastConfig(packed_text=packed)
+    memories = FastVelocity(model, schedule(), SHAPE, config=config)._memories
+    with torch.no_grad():
+        memories.set(model.project_text(prompt(1, padded=True)))
+    return memories._text
+
+
 @pytest.mark.parametrize("static", [False, True])
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
 def test_text_without_its_padding_gives_the_plain_velocity(monkeypatch, static, guidance):
@@ -161,6 +170,8 @@ def test_text_without_its_padding_gives_the_plain_velocity(monkeypatch, static, 
     monkeypatch.setattr(prepared, "can_pack", lambda device, dtype, head_width: True)
     model, levels = model_for(), schedule()
     fast = FastVelocity(model, levels, SHAPE, 2, guidance)
+    assert isinstance(packed_or_padded(model, packed=False), prepared.PaddedText)
+    assert isinstance(packed_or_padded(model, packed=True), packed.PackedText)
     fast._memories = TextMemories(model, CAPACITY if static else None)
     null = prompt(9, lengths={"long": 3, "short": 1})
     places = set()
@@ -353,6 +364,7 @@ BFLOAT16 = 0.01
 
 GPU_SWITCHES = {
     "graph": (FastConfig(cuda_graph=True), BFLOAT16),
+    "graph, padded text": (FastConfig(cuda_graph=True, packed_text=False), BFLOAT16),
     "compiled": (FastConfig(compile=True), BFLOAT16),
     "compiled graph": (FastConfig(cuda_graph=True, compile=True), BFLOAT16),
     "compiled graph, cuDNN attention": (
