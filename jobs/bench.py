@@ -20,7 +20,7 @@ from jobs.bench_streams import measure_decoding, measure_streams
 from jobs.bench_subject import (
     load_decoding,
     load_subject,
-    random_decoding,
+    preset_decoding,
     random_subject,
 )
 from jobs.bench_table import bench_table
@@ -155,7 +155,7 @@ def decode(
     if model is not None:
         subject = load_decoding(model, chosen)
     else:
-        subject = random_decoding(preset, autoencoder, chosen)
+        subject = preset_decoding(preset, autoencoder, chosen)
     facts = decoding_facts(subject, preset, model)
     effort = _effort(chosen, rounds, 0.0, compiled, seconds)
     _write(_report("decode", facts, measure_decoding(subject, effort)), json_file)

@@ -40,8 +40,8 @@ def command(
 
     The full teacher (its 128 steps with guidance), the same teacher at the student's few steps
     without guidance (what one would get without distilling), and the student make videos from the
-    same prompts and noise. Writes OUT/report.md, report.json and report.svg. Can be interrupted:
-    finished models and videos are kept.
+    same prompts and noise. Writes OUT/report.md, report.json, report.svg and scores.json. Can be
+    interrupted: finished models and videos are kept.
 
     KEY=VALUE sets the benchmark's own keys (`prompts=16`, `seeds=2`) or those of a stage
     (`train.steps=200`). With given models only their world can be set (`world.held_out=32`): what

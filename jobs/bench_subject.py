@@ -87,7 +87,7 @@ def random_subject(
         UserError: if there is no such preset.
     """
     plan = _plan(preset)
-    decoder = _random_decoder(plan, preset, autoencoder, device)
+    decoder = _preset_decoder(plan, preset, autoencoder, device)
     encoders = tuple(
         TextEncoderConfig(
             name=name, kind="bytes", width=width, max_tokens=text_tokens or most_text_tokens(name)
@@ -141,10 +141,10 @@ def load_decoding(directory: str, device: torch.device) -> DecodingSubject:
     return _decoding(autoencoder, config.model, config.sampling.chunk_frames, device)
 
 
-def random_decoding(preset: str, autoencoder: str | None, device: torch.device) -> DecodingSubject:
-    """The autoencoder of a training preset, with random weights; see :func:`random_subject`."""
+def preset_decoding(preset: str, autoencoder: str | None, device: torch.device) -> DecodingSubject:
+    """The autoencoder of a training preset; see :func:`random_subject`."""
     plan = _plan(preset)
-    decoder = _random_decoder(plan, preset, autoencoder, device)
+    decoder = _preset_decoder(plan, preset, autoencoder, device)
     return _decoding(decoder, plan.model, plan.sampling.chunk_frames, device)
 
 
@@ -162,11 +162,11 @@ def _plan(preset: str) -> TrainConfig:
     return load_config(TrainConfig, stage="train", preset=preset)
 
 
-def _random_decoder(
+def _preset_decoder(
     plan: TrainConfig, preset: str, autoencoder: str | None, device: torch.device
 ) -> Autoencoder:
     channels = plan.model.latent_channels
-    if autoencoder is not None and Path(autoencoder).is_dir():
+    if autoencoder is not None and is_directory_of_autoencoder(autoencoder):
         trained = load_autoencoder(autoencoder, device)
         if trained.identity.latent_channels != channels:
             raise UserError(
@@ -176,6 +176,11 @@ def _random_decoder(
         return trained.eval()
     asked = WAN if plan.autoencoder == "wan" else default_autoencoder(preset)
     return random_autoencoder(autoencoder or asked, channels, device)
+
+
+def is_directory_of_autoencoder(name: str) -> bool:
+    """Whether `name` means a directory: names of presets come first."""
+    return name not in (*available_presets("autoencoder"), WAN) and Path(name).is_dir()
 
 
 def default_autoencoder(preset: str) -> str:

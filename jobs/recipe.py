@@ -12,6 +12,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -183,6 +184,12 @@ def _check_shapes(stages: Sequence[Stage]) -> None:
             f"stage {first.name} distils, but nothing comes before it; begin with a stage of kind "
             "train, or use `streamdit distill`"
         )
+    for before, stage in pairwise(stages):
+        if isinstance(before.config, DistillConfig) and isinstance(stage.config, TrainConfig):
+            raise UserError(
+                f"stage {stage.name} trains on what stage {before.name} distilled, and would undo "
+                "it; let the stages of kind train come before the distillation"
+            )
     for stage in stages:
         if isinstance(stage.config, TrainConfig) and stage.config.model != first.config.model:
             raise UserError(
@@ -238,7 +245,8 @@ def run_recipe(
                 say_once(f"stage {number}/{len(stages)}: {stage.name}")
                 if is_main_process():
                     _record(stage, job)
-                # The store was there when the recipe began; training does not wait for it since.
+                # The recipe's own run is there, so the store is the right one; what matters now is
+                # that training goes on while it is away.
                 tags = job.tags | _tags(name, run_id)
                 launch(replace(job, tags=tags, store_may_be_away=True), address)
                 barrier()

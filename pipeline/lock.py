@@ -227,16 +227,17 @@ def _say_nothing(text: str) -> None:
 
 
 def _running_since(pid: int) -> str | None:
-    """When a process began, in ticks since the machine did; none without a process that runs.
+    """When a process began, in ticks since the machine did; none if it cannot be seen.
 
-    Never from the clock: it may be set while the process runs.
+    Never from the clock: it may be set while the process runs. One that has ended, and waits for
+    its parent to notice, began never.
     """
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
     except OSError:
         return None
     state, *rest = stat.rpartition(")")[2].split()
-    return None if state in "ZX" else rest[18]
+    return "" if state in "ZX" else rest[18]
 
 
 def _process_namespace() -> str:

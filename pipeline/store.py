@@ -11,6 +11,7 @@ import io
 import os
 import shutil
 import tempfile
+import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
@@ -189,16 +190,26 @@ class DiskStore(Store):
         """Write a small file unless there is one."""
         target = self.folder / path
         target.parent.mkdir(parents=True, exist_ok=True)
+        partial = partial_path(target.with_name(f"{target.name}.{uuid.uuid4().hex}"))
+        partial.write_text(text, encoding="utf-8")
         try:
-            file = target.open("x", encoding="utf-8")
+            os.link(partial, target)
         except FileExistsError:
             return False
+        except OSError:  # a file system without hard links
+            return self._create_in_place(target, text)
+        finally:
+            partial.unlink(missing_ok=True)
+        return True
+
+    @staticmethod
+    def _create_in_place(target: Path, text: str) -> bool:
+        """Whoever reads at that very moment finds the file empty."""
         try:
-            with file:
+            with target.open("x", encoding="utf-8") as file:
                 file.write(text)
-        except OSError:
-            target.unlink(missing_ok=True)
-            raise
+        except FileExistsError:
+            return False
         return True
 
     def source(self, path: str) -> str:

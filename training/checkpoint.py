@@ -165,7 +165,11 @@ def _warn_of_unfinished(root: Path, complete: Sequence[str]) -> None:
     newest = complete[0] if complete else ""
     for folder in sorted(root.glob(f"{PREFIX}*"), reverse=True):
         if folder.name > newest and not (folder / MARKER).is_file():
-            warn_of_damage(folder, f"it has no {MARKER}: it was not written to its end")
+            reason = f"it has no {MARKER}: it was not written to its end"
+            if complete:
+                warn_of_damage(folder, reason)
+            else:
+                logger.warning("%s cannot be used (%s); starting from step 0", folder, reason)
 
 
 def load_checkpoint(

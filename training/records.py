@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 from streamdit.files import replace_text
@@ -39,6 +40,9 @@ class Records:
         if not keep:
             return
         self._metrics = MetricsFile(job.metrics_path, step)
+        known, fingerprint = _known_run(job), job.fingerprint()
+        began_ms = known.began_ms or int(time.time() * 1000)
+        write = partial(_note_run, job, fingerprint, began_ms)
         self._tracker = Tracker.start(
             job.config.tracking,
             job.run_name,
@@ -46,16 +50,16 @@ class Records:
             tags={
                 "dataset": job.dataset,
                 "dataset_fingerprint": dataset_fingerprint,
-                "fingerprint": job.fingerprint(),
+                "fingerprint": fingerprint,
                 **job.tags,
             },
-            run_id=run_id or _known_run(job),
+            run_id=run_id or known.run_id,
             outbox=Path(job.out) / OUTBOX,
-            on_made=partial(_note_run, job, job.fingerprint()),
+            on_made=write,
             may_be_away=job.store_may_be_away,
+            began_ms=began_ms,
         )
-        if self._tracker.run_id is not None:
-            _note_run(job, job.fingerprint(), self._tracker.run_id)
+        self._tracker.note(write)
 
     @property
     def run_id(self) -> str | None:
@@ -92,34 +96,50 @@ def send_left(job: TrainJob) -> int:
     Returns:
         Records that still wait; 0 also where none did.
     """
-    out, left = Path(job.out), 0
+    out, left, known = Path(job.out), 0, _known_run(job)
+    began_ms = known.began_ms or int(time.time() * 1000)
     # Either file of a pair may be there alone; a tracker sends both.
     for name in sorted({path.name.replace(ARTIFACTS, ".jsonl") for path in out.glob(OUTBOXES)}):
         tracker = Tracker.take_up(
             job.config.tracking,
             job.run_name,
-            _known_run(job),
+            known.run_id,
             out / name,
-            partial(_note_run, job, job.fingerprint()),
+            partial(_note_run, job, job.fingerprint(), began_ms),
+            began_ms,
         )
         left += tracker.leave()
     return left
 
 
-def _note_run(job: TrainJob, fingerprint: str, run_id: str) -> None:
-    """Write down which MLflow run is this very job's."""
-    known = {"run_id": run_id, "fingerprint": fingerprint}
+class KnownRun(NamedTuple):
+    """The MLflow run of a job, as far as it is known.
+
+    Attributes:
+        run_id: None if it is not made yet.
+        began_ms: when the job began, in milliseconds since 1970.
+    """
+
+    run_id: str | None = None
+    began_ms: int | None = None
+
+
+def _note_run(job: TrainJob, fingerprint: str, began_ms: int, run_id: str | None) -> None:
+    """Write down which MLflow run is this very job's, if it has one yet."""
+    known = {"run_id": run_id, "began_ms": began_ms, "fingerprint": fingerprint}
     uri = tracking_uri(job.config.tracking)
     if not urlsplit(uri).password:
         known["tracking_uri"] = uri
     replace_text(Path(job.out) / RUN_FILE, json.dumps(known) + "\n")
 
 
-def _known_run(job: TrainJob) -> str | None:
+def _known_run(job: TrainJob) -> KnownRun:
     """MLflow run of this very job, begun before its first checkpoint."""
     path = Path(job.out) / RUN_FILE
     known = json.loads(path.read_text()) if path.is_file() else {}
-    return known.get("run_id") if known.get("fingerprint") == job.fingerprint() else None
+    if known.get("fingerprint") != job.fingerprint():
+        return KnownRun()
+    return KnownRun(known.get("run_id"), known.get("began_ms"))
 
 
 def _parameters(job: TrainJob) -> dict[str, Any]:

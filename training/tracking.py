@@ -155,6 +155,7 @@ class Tracker:
         outbox: file for what cannot be sent while the server is away, artifacts in another beside
             it; None keeps all in memory.
         make: makes the run once the store can be reached; returns its id.
+        on_made: told that id, from whichever thread makes the run.
     """
 
     def __init__(
@@ -163,10 +164,12 @@ class Tracker:
         run_id: str | None,
         outbox: Path | None = None,
         make: Callable[[], str] | None = None,
+        on_made: Callable[[str], None] | None = None,
     ) -> None:
         self.client = client
         self.run_id = run_id
         self._make = make
+        self._on_made = on_made if run_id is None else None
         self._making = threading.Lock()
         self._outbox = Outbox(self._send, outbox)
         self._artifacts = Outbox(self._send, outbox.with_suffix(ARTIFACTS) if outbox else None)
@@ -182,6 +185,7 @@ class Tracker:
         outbox: Path | None = None,
         on_made: Callable[[str], None] | None = None,
         may_be_away: bool = False,
+        began_ms: int | None = None,
     ) -> Tracker:
         """Open a run, or continue the run `run_id` after a resume.
 
@@ -192,8 +196,9 @@ class Tracker:
             tags: further tags; the git revision is added.
             run_id: run to continue; the store need not be reachable then.
             outbox: file for what cannot be sent while the store is away.
-            on_made: told the id of a new run, from whichever thread makes it.
+            on_made: told the id of a run that is made later, from whichever thread makes it.
             may_be_away: make a new run later, where the store cannot be reached now.
+            began_ms: when a new run began, in milliseconds since 1970; default: now.
 
         Raises:
             UserError: if there is no run yet and the store cannot be reached.
@@ -204,16 +209,19 @@ class Tracker:
                 tracker = cls(client, run_id, outbox)
                 tracker._status("RUNNING")
                 return tracker
-        all_tags, now = _all_tags(tags), int(time.time() * 1000)
-        make = partial(_make_run, config, run_name, all_tags, now, on_made)
+        all_tags, began_ms = _all_tags(tags), began_ms or int(time.time() * 1000)
+        make = partial(_make_run, config, run_name, all_tags, began_ms)
+        made = None
         try:
-            tracker = cls(make_client(config), make(), outbox)
+            made = make()
         except UserError:
             if not may_be_away:
                 raise
-            tracker = cls(make_client(config), None, outbox, make)
+        tracker = cls(make_client(config), made, outbox, make, on_made)
+        if made is None:
             for key, value in all_tags.items():  # for whoever sends what this process leaves
                 tracker.tag(key, value)
+            tracker._status("RUNNING")  # behind how an earlier attempt may have ended
         flat = list(flatten(params or {}).items())
         for start in range(0, len(flat), MOST_PARAMS):
             tracker._outbox.put({"kind": "params", "values": flat[start : start + MOST_PARAMS]})
@@ -227,10 +235,16 @@ class Tracker:
         run_id: str | None,
         outbox: Path,
         on_made: Callable[[str], None],
+        began_ms: int | None = None,
     ) -> Tracker:
         """Send what a run has left in `outbox`; a run that could not even be made is made now."""
-        make = partial(_make_run, config, run_name, {}, int(time.time() * 1000), on_made)
-        return cls(make_client(config), run_id, outbox, make)
+        make = partial(_make_run, config, run_name, {}, began_ms)
+        return cls(make_client(config), run_id, outbox, make, on_made)
+
+    def note(self, write: Callable[[str | None], None]) -> None:
+        """Call `write` with the run's id, None if it is not made yet; it is not made meanwhile."""
+        with self._making:
+            write(self.run_id)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Log numbers of a step."""
@@ -252,7 +266,9 @@ class Tracker:
         self._status(status)
         left += self._artifacts.close()
         if left:
-            logger.warning("MLflow run %s: %d records could not be sent", self.run_id, left)
+            logger.warning(
+                "MLflow run %s: %d records could not be sent", self.run_id or "yet to be made", left
+            )
 
     def leave(self) -> int:
         """Stop writing without closing the run, which others still write to.
@@ -272,6 +288,9 @@ class Tracker:
             if self.run_id is None:
                 assert self._make is not None, "a tracker has a run, or makes one"
                 self.run_id = self._make()
+            if self._on_made is not None:
+                self._on_made(self.run_id)
+                self._on_made = None
         together = 1
         if calls[0]["kind"] == "metrics":
             together = _metrics_in_a_row(calls)
@@ -308,20 +327,24 @@ def _make_run(
     config: TrackingConfig,
     name: str,
     tags: dict[str, str],
-    began_ms: int,
-    on_made: Callable[[str], None] | None,
+    began_ms: int | None,
 ) -> str:
     """A new run that began at `began_ms`; returns its id.
 
     Raises:
-        UserError: if the store cannot be reached.
+        UserError: if the store cannot be reached, or takes no run.
     """
+    from mlflow.exceptions import MlflowException
+
     client, experiment_id = connect(config)
-    run = client.create_run(experiment_id, start_time=began_ms, run_name=name, tags=tags)
-    run_id = str(run.info.run_id)
-    if on_made is not None:
-        on_made(run_id)
-    return run_id
+    try:
+        run = client.create_run(experiment_id, start_time=began_ms, run_name=name, tags=tags)
+    except MlflowException as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"MLflow store {tracking_uri(config)} takes no run: {reason}; see the server's log"
+        ) from None
+    return str(run.info.run_id)
 
 
 def _all_tags(tags: Mapping[str, str] | None) -> dict[str, str]:

@@ -33,4 +33,4 @@ def on_files(files: Files, config: Any) -> Files:
 
 def on_page_content(html: str, **_: Any) -> str:
     """Drop Sphinx's roles, which docstrings use for names of things."""
-    return re.sub(r":(?:func|class|meth|mod):(?=<code>|<a )", "", html)
+    return re.sub(r":(?:func|class|meth|mod|data):(?=<code>|<a )", "", html)

@@ -7,6 +7,7 @@ Only `float8` rounds more, and says so.
 
 from __future__ import annotations
 
+import gc
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Literal
@@ -246,6 +247,8 @@ class StepGraph:
         freed with the first graph that was captured on the stream. PyTorch deals its streams out
         again and again; of those with a high priority nothing else here takes any.
         """
+        if len(_STREAMS_IN_USE) >= POOL_STREAMS:
+            gc.collect()  # streams that are over may lie in circles
         for _ in range(POOL_STREAMS):
             side = torch.cuda.Stream(priority=-1)
             key = (side.device_index, side.cuda_stream)

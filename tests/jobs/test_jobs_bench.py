@@ -19,9 +19,9 @@ from jobs.bench_subject import (
     DecodingSubject,
     full_attention,
     most_text_tokens,
+    preset_decoding,
     prompt_of,
     random_autoencoder,
-    random_decoding,
     random_subject,
 )
 from jobs.bench_table import bench_table
@@ -158,7 +158,7 @@ def test_full_attention_shares_the_weights_of_windows():
 
 def test_decoder_is_measured_without_a_transformer(monkeypatch):
     monkeypatch.setattr("jobs.bench_subject.StreamDiT", None)
-    subject = random_decoding("streamdit-4b", "demo", CPU)
+    subject = preset_decoding("streamdit-4b", "demo", CPU)
     assert subject.latent_shape == (8, 64, 64)
     assert subject.chunk_frames == 2
     assert subject.autoencoder.identity.latent_channels == 8
@@ -310,7 +310,7 @@ def test_a_preset_can_be_measured_with_a_trained_decoder(tmp_path):
     assert figures["autoencoder_trained"]
     assert "PSNR 31.2 dB" in output
     with pytest.raises(UserError, match="makes latents of 4 channels but preset demo takes 16"):
-        random_decoding("demo", str(tmp_path / "4"), CPU)
+        preset_decoding("demo", str(tmp_path / "4"), CPU)
 
 
 def test_a_model_with_a_vae_of_diffusers_has_no_quality_to_state(tmp_path):

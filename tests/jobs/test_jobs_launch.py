@@ -229,11 +229,13 @@ def test_a_stage_that_begins_and_ends_without_its_store_is_recorded_later(tmp_pa
         with pytest.raises(UserError, match=r"MLflow store .* cannot be used"):
             train_loop(job)
         train_loop(replace(job, store_may_be_away=True))
-    assert not (out / "mlflow-run.json").exists()
+    begun = json.loads((out / "mlflow-run.json").read_text())
+    assert begun["run_id"] is None
     launch(tiny_job(dataset, out, steps=1))
     record = json.loads((out / "mlflow-run.json").read_text())
     found = MlflowClient(record["tracking_uri"]).get_run(record["run_id"])
     assert found.info.status == "FINISHED"
+    assert found.info.start_time == record["began_ms"] == begun["began_ms"]
     assert found.data.metrics["loss"] == pytest.approx(losses(out)[1])
     assert found.data.tags["fingerprint"] == record["fingerprint"]
     assert not list(out.glob("mlflow-outbox*"))
@@ -306,6 +308,7 @@ def test_workers_without_gpus_see_none(monkeypatch, use_gpu, seen):
 
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
     monkeypatch.setattr(ray.util, "get_node_ip_address", lambda: "127.0.0.1")
+    monkeypatch.setattr("jobs.launch.use_interface_with", lambda address: None)
     monkeypatch.setattr(
         TorchConfig().backend_cls, "on_start", lambda self, group, config: made.append(config)
     )

@@ -113,6 +113,14 @@ def test_setting_reaches_every_stage_that_has_it_and_a_stages_own_wins(dataset, 
     assert stages[3].config.teacher.micro_steps == 1
 
 
+def test_a_stage_does_not_train_on_what_another_distilled(dataset, tmp_path):
+    recipe = read_recipe(str(write_recipe(tmp_path)))
+    again = recipe.stages[2].model_copy(update={"name": "again"})
+    turned = recipe.model_copy(update={"stages": (*recipe.stages, again)})
+    with pytest.raises(UserError, match="stage again trains on what stage distill distilled"):
+        plan_stages(turned, dataset, tmp_path / "run")
+
+
 @pytest.mark.parametrize(
     ("overrides", "options", "message"),
     [

@@ -56,6 +56,21 @@ def test_a_small_file_is_created_once(store):
     assert store.read_text("a/note") == "one"
 
 
+def test_a_small_file_appears_whole_and_nothing_else_stays(tmp_path, monkeypatch):
+    store = open_store(tmp_path)
+    assert store.create_text("note", "one")
+    assert not store.create_text("note", "two")
+    assert list(store.files()) == ["note"]
+
+    def no_links(*_):
+        raise PermissionError("this file system has no hard links")
+
+    monkeypatch.setattr(os, "link", no_links)
+    assert store.create_text("other", "one")
+    assert not store.create_text("other", "two")
+    assert (store.read_text("other"), list(store.files())) == ("one", ["note", "other"])
+
+
 def test_of_many_who_create_a_file_at_once_one_succeeds(store):
     start, made = threading.Barrier(8), []
 
@@ -125,6 +140,17 @@ def test_a_job_that_was_killed_here_is_passed_over_at_once(how, tmp_path, monkey
     assert left == (how == signal.SIGKILL)
     with writing(tmp_path, "streamdit ingest"):
         pass
+
+
+def test_a_job_that_has_ended_unnoticed_by_its_parent_is_passed_over_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(lock, "SILENT_S", 3600.0)
+    command = [sys.executable, "-c", HOLD, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as job:
+        assert job.stdout.readline() == b"holding\n"
+        os.kill(job.pid, signal.SIGKILL)
+        os.waitid(os.P_PID, job.pid, os.WEXITED | os.WNOWAIT)  # it stays as a zombie
+        with writing(tmp_path, "streamdit ingest"):
+            pass
 
 
 def test_a_process_that_got_the_number_of_the_killed_one_is_not_it(store, monkeypatch):

@@ -235,6 +235,51 @@ def test_what_a_run_left_that_could_never_be_made_is_sent_with_its_tags(
     assert found.data.tags["recipe"] == "paper"
 
 
+def test_a_run_whose_first_attempt_was_stopped_unrecorded_is_running_again(
+    tmp_path, store_away, monkeypatch
+):
+    monkeypatch.setattr("training.outbox.CLOSE_WAIT_S", 0.1)
+    config, outbox = TrackingConfig(directory=str(tmp_path)), tmp_path / "outbox.jsonl"
+    began = 1_700_000_000_000
+    options = {"outbox": outbox, "may_be_away": True, "began_ms": began}
+    Tracker.start(config, "stage", **options).finish("KILLED")
+    again = Tracker.start(config, "stage", **options)
+    store_away.clear()
+    again.log(2, {"loss": 0.25})
+    assert again.leave() == 0
+    found = again.client.get_run(again.run_id)
+    assert (found.info.status, found.info.start_time) == ("RUNNING", began)
+
+
+def test_a_store_that_takes_no_run_is_one_line_and_no_run_is_made_twice(tmp_path, monkeypatch):
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+
+    monkeypatch.setattr("training.outbox.RETRY_AFTER_S", 0.05)
+    config, refusals, told = TrackingConfig(directory=str(tmp_path)), ["full"], []
+    create_run = MlflowClient.create_run
+
+    def create(*arguments, **options):
+        if refusals:
+            raise MlflowException("the database is full")
+        return create_run(*arguments, **options)
+
+    def tell(run_id):
+        told.append(run_id)
+        if len(told) == 1:
+            raise OSError("the disk is full")
+
+    monkeypatch.setattr(MlflowClient, "create_run", create)
+    with pytest.raises(UserError, match="takes no run: the database is full"):
+        Tracker.start(config, "stage")
+    tracker = Tracker.start(config, "stage", may_be_away=True, on_made=tell)
+    refusals.clear()
+    tracker.finish()
+    assert told == [tracker.run_id] * 2
+    experiment = tracker.client.get_run(tracker.run_id).info.experiment_id
+    assert len(tracker.client.search_runs([experiment])) == 1
+
+
 def open_run(folder, artifact_location, outbox=None):
     """A run whose figures are taken and whose artifacts go elsewhere."""
     config = TrackingConfig(directory=str(folder / "mlflow"))
