@@ -43,7 +43,7 @@ from training.autoencoder import AutoencoderTrainSummary
 from training.config import TrainConfig
 from training.metrics import read_metrics
 from training.registry import RegisteredVersion
-from training.tracking import git_revision
+from training.revision import git_revision
 
 METRICS = [
     Metric(key="colour", label="Colour", minimum=0.8, chance=1 / 6),

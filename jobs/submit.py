@@ -186,9 +186,9 @@ def _write(text: str) -> None:
 
 def revision_of(package: Package) -> dict[str, str]:
     """Environment variable with the git revision of the code, where that is sent along."""
-    from training.tracking import REVISION_VARIABLE, git_revision
+    from training.revision import REVISION_VARIABLE, git_revision
 
-    if Path("training/tracking.py") not in package.files:
+    if Path("training/revision.py") not in package.files:
         return {}
     revision = git_revision(package.root)
     return {REVISION_VARIABLE: revision} if revision else {}

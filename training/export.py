@@ -35,8 +35,8 @@ from training.checkpoint import (
 from training.config import AdapterConfig
 from training.job import TrainJob
 from training.lora import merged_weights, save_adapter
+from training.revision import git_revision
 from training.shards import Kind, SavedShards, files_with
-from training.tracking import git_revision
 
 Weights = Literal["ema", "raw"]
 """Averaged weights, or those of the last step."""

@@ -25,7 +25,8 @@ from streamdit.partition import PartitionScheme
 from streamdit.registered import refuse_pickles
 from training.config import TrackingConfig
 from training.model_card import CARD_FILE, SAMPLE_FILE, model_card
-from training.tracking import ALREADY_EXISTS, connect, git_revision, use_store
+from training.revision import git_revision
+from training.tracking import ALREADY_EXISTS, connect, use_store
 
 SCORE_TAG = "score."
 """What tags with scores begin with."""

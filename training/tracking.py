@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import subprocess
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -15,14 +14,12 @@ from typing import Any
 from streamdit.errors import UserError
 from training.config import TrackingConfig
 from training.outbox import Call, Outbox
+from training.revision import git_revision
 
 logger = logging.getLogger(__name__)
 
 ARTIFACTS = ".artifacts.jsonl"
 """How the file for artifacts ends that could not be sent; all else is in the one without it."""
-
-REVISION_VARIABLE = "STREAMDIT_GIT_REVISION"
-"""Environment variable that tells the revision of code that was sent without its repository."""
 
 ALREADY_EXISTS = "RESOURCE_ALREADY_EXISTS"
 """What MLflow says to whoever makes what another client has just made."""
@@ -112,25 +109,6 @@ def _experiment(client: Any, name: str, location: str | None) -> str:
         if error.error_code != ALREADY_EXISTS:
             raise
         return str(client.get_experiment_by_name(name).experiment_id)
-
-
-def git_revision(root: Path | None = None) -> str | None:
-    """Revision of the checkout that the code runs from, or of `root`; None outside one.
-
-    A copy that a cluster runs is no checkout: whoever sends it tells its revision.
-    """
-    if root is None and REVISION_VARIABLE in os.environ:
-        return os.environ[REVISION_VARIABLE]
-    root = root or Path(__file__).parents[1]
-    # Installed, the code may lie in an environment inside a repository that is somebody else's.
-    if not (root / ".git").exists():
-        return None
-    command = ["git", "-C", str(root), "rev-parse", "HEAD"]
-    try:
-        result = subprocess.run(command, capture_output=True, text=True, check=False)
-    except OSError:  # images need no git
-        return None
-    return result.stdout.strip() or None if result.returncode == 0 else None
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:

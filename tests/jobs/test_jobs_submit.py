@@ -158,7 +158,7 @@ def test_revision_of_the_code_goes_along_where_the_code_does(tmp_path):
     for words in (["init"], ["commit", "--allow-empty", "--message=first"]):
         subprocess.run([*git, *words], check=True, capture_output=True)
     head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
-    code = Package(tmp_path, (Path("training/tracking.py"),), 1)
+    code = Package(tmp_path, (Path("training/revision.py"),), 1)
     assert revision_of(code) == {"STREAMDIT_GIT_REVISION": head.stdout.strip()}
     assert revision_of(Package(tmp_path, (Path("settings.yaml"),), 1)) == {}
     assert revision_of(Package(tmp_path / "elsewhere", code.files, 1)) == {}

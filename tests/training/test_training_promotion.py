@@ -15,7 +15,7 @@ from streamdit.errors import UserError
 from streamdit.io import read_model_config, save_model_directory
 from training.config import TrackingConfig
 from training.registry import Promotion, find_registered, list_versions, register, version_tags
-from training.tracking import git_revision
+from training.revision import git_revision
 
 
 @pytest.fixture(scope="module")

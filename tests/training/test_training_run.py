@@ -21,7 +21,7 @@ from training.checkpoint import find_checkpoints, read_facts
 from training.config import TrainConfig
 from training.metrics import read_metrics
 from training.objective import FlowMatching
-from training.tracking import git_revision
+from training.revision import git_revision
 
 
 @pytest.fixture(scope="module")

@@ -18,8 +18,9 @@ from streamdit.errors import UserError
 from training import tracking
 from training.config import TrackingConfig
 from training.outbox import Outbox
+from training.revision import git_revision
 from training.run import Run
-from training.tracking import Tracker, _is_permanent, connect, git_revision
+from training.tracking import Tracker, _is_permanent, connect
 
 
 class Server:
@@ -376,10 +377,10 @@ def test_revision_is_that_of_the_own_checkout_or_none(tmp_path, monkeypatch):
     for words in (["init"], ["commit", "--allow-empty", "--message=first"]):
         subprocess.run([*git, *words], check=True, capture_output=True)
     for folder, found in (("training", True), ("env/lib/training", False)):  # the latter: installed
-        monkeypatch.setattr("training.tracking.__file__", str(tmp_path / folder / "tracking.py"))
+        monkeypatch.setattr("training.revision.__file__", str(tmp_path / folder / "tracking.py"))
         (tmp_path / folder).mkdir(parents=True)
         assert (git_revision() is not None) == found
-    monkeypatch.setattr("training.tracking.__file__", str(tmp_path / "training" / "tracking.py"))
+    monkeypatch.setattr("training.revision.__file__", str(tmp_path / "training" / "tracking.py"))
     first = git_revision()
     monkeypatch.setenv("STREAMDIT_GIT_REVISION", "of what was sent")  # as `streamdit submit` does
     assert git_revision() == "of what was sent"
