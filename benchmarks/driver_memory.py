@@ -4,8 +4,10 @@ Datasets of few and of many clips are made up, every unit of which is done (shar
 only rows). In a fresh process near duplicates are compared, `encode` finds nothing to do and
 publishes, a selection is tried and published, and the dataset is verified: first of the smallest
 dataset until that takes no further memory (what threads and allocators keep for themselves), then
-of each; printed is the peak of resident memory, and its growth per clip. Options: `--units N...`
-(of 128 clips), `--rows N` (of a portion of the index), `--readers N` (units read at once).
+of each; printed is the peak of resident memory, and its growth per clip. All threads allocate from
+one heap, for how much their own heaps keep differs from run to run by more than the clips take.
+Options: `--units N...` (of 128 clips), `--rows N` (of a portion of the index), `--readers N` (units
+read at once).
 """
 
 import argparse
@@ -62,6 +64,7 @@ CAPTION = "a caption as long as captions are, that tells what is to be seen, and
 COPIES = 0.2
 """Share of clips that look like the one before."""
 WARMING = 2
+ONE_HEAP = {"MALLOC_ARENA_MAX": "1", "ARROW_DEFAULT_MEMORY_POOL": "system"}
 CONFIG = IngestConfig.model_validate(
     {
         "clip": {"frames": 16, "fps": 16, "height": 32, "width": 32},
@@ -241,7 +244,8 @@ def main() -> None:
     sizes = ["--rows", str(options.rows), "--readers", str(options.readers)]
     with tempfile.TemporaryDirectory(prefix="driver-memory-") as temporary:
         arguments = prepare(Path(temporary), options.units)
-        subprocess.run([sys.executable, __file__, *sizes, *arguments], check=True)
+        command = [sys.executable, __file__, *sizes, *arguments]
+        subprocess.run(command, check=True, env={**os.environ, **ONE_HEAP})
 
 
 if __name__ == "__main__":
