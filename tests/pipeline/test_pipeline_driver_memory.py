@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-BOUND = 1000
+BOUND = 800
 """Bytes for each further clip; the rows of one, as Python objects, take thousands."""
 
 
