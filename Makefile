@@ -14,7 +14,7 @@ CHECKED := streamdit pipeline training distillation evaluation jobs configs test
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
-.PHONY: help demo test test-all test-slow lint docs setup clean
+.PHONY: help demo test test-all test-slow test-gpu lint docs setup clean
 
 help: ## Show what can be made
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | sort \
@@ -31,6 +31,10 @@ test-all: lint docs ## Run the linters, build the documentation, run the tests t
 
 test-slow: $(READY) ## Run the tests that `make test` leaves out
 	$(PYTEST) -m "slow or gpu"
+
+# One after the other: the memory of a GPU is measured by some, and shared by all.
+test-gpu: $(READY) ## Run the tests that need a CUDA device
+	$(BIN)/pytest -m gpu
 
 lint: $(READY) ## Check style, types and the direction of imports
 	$(BIN)/ruff check $(CHECKED)

@@ -6,87 +6,42 @@ before anything is timed. The variants take turns; ratios are medians over the r
 """
 
 import argparse
+import json
 import math
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from diffusers import WanTransformer3DModel
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from jobs.bench_peer import (
+    OUR_BLOCK,
+    PEER_BLOCK,
+    Inputs,
+    block_actions,
+    check_equal,
+    in_precision,
+    same_model,
+    wan_model,
+)
 from jobs.config import load_config
 from jobs.measure import Timings, interleave
-from streamdit.config import BucketConfig, DiTConfig
 from streamdit.model import StreamDiT
 from streamdit.model.block import Block, TextContext
-from streamdit.model.convert import dit_config, read_wan_config, recipes
 from streamdit.model.fast import FastVelocity
 from streamdit.model.modulation import modulate
 from streamdit.model.position import rotary_angles, rotate
 from streamdit.model.windows import Windowing
-from streamdit.partition import PartitionScheme
 from streamdit.text.base import TextStates
 from training.config import TrainConfig
 
-TEXT = "text"
-TEXT_WIDTH = 512
 LIMIT = 1.05
 """Most that our block may take of the time of diffusers' block, as the median over the rounds."""
 
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
-"""Relative; in bfloat16 diffusers keeps some weights in float32 that ours rounds."""
-
-
-def wan_model(shape: DiTConfig) -> WanTransformer3DModel:
-    """Diffusers' transformer in the dimensions of `shape`, with random weights."""
-    return WanTransformer3DModel(
-        patch_size=shape.patch,
-        num_attention_heads=shape.heads,
-        attention_head_dim=shape.width // shape.heads,
-        in_channels=shape.latent_channels,
-        out_channels=shape.latent_channels,
-        text_dim=TEXT_WIDTH,
-        freq_dim=shape.time_frequencies,
-        ffn_dim=shape.ffn_width,
-        num_layers=shape.depth,
-    ).eval()
-
-
-def same_model(peer: WanTransformer3DModel, bucket: BucketConfig) -> StreamDiT:
-    """Our transformer with the peer's weights, and the windows of `bucket`."""
-    wan = read_wan_config({**peer.config, "_class_name": "WanTransformer3DModel"}, "peer")
-    model = StreamDiT(dit_config(wan, bucket, TEXT)).eval()
-    theirs = peer.state_dict()
-    model.load_state_dict(
-        {
-            name: recipe.combine([theirs[part] for part in recipe.sources])
-            for name, recipe in recipes(wan, TEXT).items()
-        }
-    )
-    return model
-
-
-def in_precision(peer: WanTransformer3DModel, dtype: torch.dtype) -> WanTransformer3DModel:
-    """The peer in `dtype`, with the parts in float32 that diffusers keeps there."""
-    for name, parameter in peer.named_parameters():
-        if not any(part in name for part in peer._keep_in_fp32_modules):
-            parameter.data = parameter.data.to(dtype)
-    return peer
-
-
-class Inputs:
-    """Latents, a staircase of times and text for both models."""
-
-    def __init__(self, model: StreamDiT, device: torch.device) -> None:
-        bucket = model.config.buckets[0]
-        self.shape = (model.config.latent_channels, bucket.height, bucket.width)
-        self.levels = PartitionScheme(0, bucket.frames, 1, 1).levels(0)[None].to(device)
-        self.latents = torch.randn(1, bucket.frames, *self.shape, device=device)
-        self.states = torch.randn(1, model.config.text_padding, TEXT_WIDTH, device=device)
-        mask = torch.ones(self.states.shape[:2], dtype=torch.bool, device=device)
-        self.text = TextStates({TEXT: (self.states, mask)})
-        grid = model.config.token_grid(bucket)
-        self.token_times = (1000 * (1 - self.levels)).repeat_interleave(grid[1] * grid[2], dim=1)
+PEER = "diffusers, a time per token"
+OURS = "ours"
 
 
 def peer_velocity(peer: WanTransformer3DModel, inputs: Inputs, times: Tensor) -> Tensor:
@@ -149,28 +104,6 @@ def naive_block(
     return (x + gate_f * block.ffn(branch)).to(dtype)
 
 
-def block_actions(
-    peer: WanTransformer3DModel, ours: StreamDiT, inputs: Inputs
-) -> dict[str, Callable[[], Tensor]]:
-    """The first block of both models, given the same tokens, time and text."""
-    x = ours.embed_latents(inputs.latents)
-    context = ours.project_text(inputs.text)
-    time, shared = ours.embed_time(inputs.levels)
-    windows = ours.window_contexts(inputs.latents.shape, x.device)[0]
-    block, theirs = ours.blocks[0], peer.blocks[0]
-    rotary = peer.rope(inputs.latents.transpose(1, 2))
-    per_frame = shared.unflatten(-1, (6, -1))
-    per_token = per_frame.repeat_interleave(x.shape[2], dim=1)
-    signals, memory = block.modulation(time, shared), block.text_attention.remember(context)
-    flat = x.flatten(1, 2)
-    return {
-        "diffusers, one time": lambda: theirs(flat, context.values, per_frame[:, 0], rotary),
-        "diffusers, a time per token": lambda: theirs(flat, context.values, per_token, rotary),
-        "ours": lambda: block(x, time, shared, context, windows),
-        "ours, prepared": lambda: block.transform(x, signals, memory, windows),
-    }
-
-
 def step_actions(
     peer: WanTransformer3DModel, full: StreamDiT, windowed: StreamDiT, inputs: Inputs
 ) -> dict[str, Callable[[], Tensor]]:
@@ -182,25 +115,13 @@ def step_actions(
         prepared[name].set_text(inputs.text)
     return {
         "diffusers, one time": lambda: peer_velocity(peer, inputs, inputs.token_times[:, 0]),
-        "diffusers, a time per token": lambda: peer_velocity(peer, inputs, inputs.token_times),
-        "ours": lambda: full(inputs.latents, tau, inputs.text),
+        PEER: lambda: peer_velocity(peer, inputs, inputs.token_times),
+        OURS: lambda: full(inputs.latents, tau, inputs.text),
         "ours, prepared": lambda: prepared["full"](inputs.latents, 0),
         "windows as a mask": lambda: naive_velocity(windowed, inputs.latents, tau, inputs.text),
         "ours, windows": lambda: windowed(inputs.latents, tau, inputs.text),
         "ours, windows, prepared": lambda: prepared["windows"](inputs.latents, 0),
     }
-
-
-def check(
-    actions: dict[str, Callable[[], Tensor]], pairs: dict[str, str], dtype: torch.dtype
-) -> None:
-    """Assert that variants compute what others do, within rounding."""
-    for name, base in pairs.items():
-        expected = actions[base]().float()
-        error = (
-            (actions[name]().float().view_as(expected) - expected).norm() / expected.norm()
-        ).item()
-        assert error < TOLERANCE[dtype], f"{name} differs from {base} by {error:.1e}"
 
 
 def report(title: str, timings: dict[str, Timings], base: str) -> None:
@@ -211,22 +132,21 @@ def report(title: str, timings: dict[str, Timings], base: str) -> None:
         print(f"| {name} | {p50:.4g} | {p95:.4g} | {timings[base].ratio_to(mine):.2f} |")
 
 
-def report_pairs(blocks: dict[str, Timings], steps: dict[str, Timings]) -> None:
+def ratios_of(blocks: dict[str, Timings], steps: dict[str, Timings]) -> dict[str, float]:
     """The ratios that matter, each the median over the rounds."""
-    peer = "diffusers, a time per token"
-    rows = (
-        (f"our block ÷ {peer} (at most {LIMIT})", blocks["ours"], blocks[peer]),
-        ("windows ÷ full attention", steps["ours, windows"], steps["ours"]),
-        (
-            "windows ÷ full attention, prepared",
+    pairs = {
+        f"our block ÷ diffusers', a time per token (at most {LIMIT})": (
+            blocks[OUR_BLOCK],
+            blocks[PEER_BLOCK],
+        ),
+        "windows ÷ full attention": (steps["ours, windows"], steps[OURS]),
+        "windows ÷ full attention, prepared": (
             steps["ours, windows, prepared"],
             steps["ours, prepared"],
         ),
-        ("windows ÷ windows as a mask", steps["ours, windows"], steps["windows as a mask"]),
-    )
-    print("\nMedians over the rounds\n\n| times | ratio |\n|---|---|")
-    for name, mine, theirs in rows:
-        print(f"| {name} | {mine.ratio_to(theirs):.2f} |")
+        "windows ÷ windows as a mask": (steps["ours, windows"], steps["windows as a mask"]),
+    }
+    return {name: mine.ratio_to(theirs) for name, (mine, theirs) in pairs.items()}
 
 
 @torch.no_grad()
@@ -239,6 +159,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", help="default: bfloat16 on CUDA, else float32")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write every time as JSON")
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
     name = arguments.dtype or ("bfloat16" if device.type == "cuda" else "float32")
@@ -257,12 +178,12 @@ def main() -> None:
     inputs = Inputs(full, device)
     blocks = block_actions(peer, full, inputs)
     steps = step_actions(peer, full, windowed, inputs)
-    check(blocks, {"ours": "diffusers, a time per token", "ours, prepared": "ours"}, dtype)
-    check(
+    check_equal(blocks, {OUR_BLOCK: PEER_BLOCK, f"{OUR_BLOCK}, prepared": OUR_BLOCK}, dtype)
+    check_equal(
         steps,
         {
-            "ours": "diffusers, a time per token",
-            "ours, prepared": "ours",
+            OURS: PEER,
+            "ours, prepared": OURS,
             "windows as a mask": "ours, windows",
             "ours, windows, prepared": "ours, windows",
         },
@@ -274,10 +195,21 @@ def main() -> None:
         f"{arguments.rounds} rounds, {torch.get_num_threads()} threads, PyTorch {torch.__version__}"
     )
     of_blocks = interleave(blocks, device, arguments.rounds)
-    report("One block, full attention", of_blocks, "diffusers, a time per token")
+    report("One block, full attention", of_blocks, PEER_BLOCK)
     of_steps = interleave(steps, device, arguments.rounds)
-    report("A whole evaluation", of_steps, "diffusers, a time per token")
-    report_pairs(of_blocks, of_steps)
+    report("A whole evaluation", of_steps, PEER)
+    ratios = ratios_of(of_blocks, of_steps)
+    print("\nMedians over the rounds\n\n| times | ratio |\n|---|---|")
+    for times, ratio in ratios.items():
+        print(f"| {times} | {ratio:.2f} |")
+    if arguments.json is not None:
+        milliseconds = {
+            what: {variant: found.milliseconds for variant, found in timings.items()}
+            for what, timings in (("block", of_blocks), ("evaluation", of_steps))
+        }
+        figures = {"preset": arguments.preset, "dtype": name, "torch": torch.__version__}
+        figures |= {"device": device.type, "ratios": ratios, "milliseconds": milliseconds}
+        arguments.json.write_text(json.dumps(figures, indent=2) + "\n")
 
 
 if __name__ == "__main__":

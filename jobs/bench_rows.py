@@ -19,10 +19,12 @@ from jobs.measure import (
     sustain,
 )
 from streamdit.config import DiTConfig
+from streamdit.denoiser import Denoiser
 from streamdit.errors import UserError
 from streamdit.loading import StreamingModel
 from streamdit.model.fast import FastConfig
 from streamdit.model.flops import PER_PROMPT, PER_SCHEDULE
+from streamdit.model.quantise import ERROR_BOUND
 
 CEILING = "matrix products alone"
 """Name of the bare matrix products that are timed beside the steps."""
@@ -76,8 +78,8 @@ class Row:
         fps: video frames a second; None for what makes none.
         flops_per_second: operations a second; None where they are not counted.
         share_of_ceiling: of the rate of bare matrix products of the same kind in the same run.
-        peak_bytes: device memory that it takes once warm, of a stream beyond the weights, of
-            training in all; None on CPUs.
+        peak_bytes: device memory that it takes once warm, weights included (not those of text
+            encoders); None on CPUs.
         difference: relative difference of its result from plain.
         verdict: whether a variant that rounds more is worth it, or why one did not run.
         clips_per_second: that training goes through.
@@ -217,3 +219,22 @@ def make_row(name: str, timings: dict[str, Timings], frames: float | None, **fig
 def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
     """Norm of the difference by that of what is expected."""
     return float((found - expected).norm() / expected.norm())
+
+
+def step_change(denoiser: Denoiser) -> torch.Tensor:
+    """What the next step adds to the buffer, on the host: the velocity, frame by frame scaled.
+
+    The stream must still be filling its buffer, where no frame moves up.
+    """
+    before = denoiser.buffer
+    denoiser.step()
+    return (denoiser.buffer - before).cpu()
+
+
+def float8_verdict(mine: Timings, exact: Timings, difference: float) -> str:
+    """Whether float8 is kept: faster than the fastest exact variant, and its velocity in bounds."""
+    if difference > ERROR_BOUND:
+        return f"dropped: differs by more than {ERROR_BOUND:.0%}"
+    if mine.percentile(50) >= exact.percentile(50):
+        return "dropped: not faster"
+    return "kept"

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 
+from jobs.bench_peer import OUR_BLOCK, PAIR, PEER_BLOCK, paired_blocks
 from jobs.bench_rows import (
     CEILING,
     Effort,
@@ -13,19 +14,20 @@ from jobs.bench_rows import (
     Measured,
     executed_flops,
     fastest_of,
+    float8_verdict,
     layer_shapes,
     make_row,
     ratios_of,
     relative_error,
+    step_change,
     sustained_rows,
     tokens_per_encoder,
 )
 from jobs.bench_subject import full_attention, prompt_of
-from jobs.bench_variants import FLOAT8, PLAIN, capability_of, step_variants
+from jobs.bench_variants import FLOAT8, PLAIN, capability_of, networks_of, step_variants
 from jobs.console import progress
 from jobs.measure import (
     MemoryMeter,
-    Timings,
     float8_matmul_action,
     interleave,
     matmul_action,
@@ -35,7 +37,6 @@ from streamdit.denoiser import Denoiser
 from streamdit.loading import StreamingModel
 from streamdit.model.fast import FastConfig
 from streamdit.model.flops import count_flops
-from streamdit.model.quantise import ERROR_BOUND
 
 FLOAT8_CEILING = "e4m3 products alone"
 """The same in e4m3, which only the float8 variant is measured against."""
@@ -48,7 +49,7 @@ def measure_steps(subject: StreamingModel, effort: Effort) -> Measured:
     """Time :meth:`Denoiser.step` of a running stream, variant by variant.
 
     Differences are those of the first step's change to the buffer, which is the velocity times a
-    constant.
+    constant. Beside the steps, one block of ours and of diffusers' are timed at equal dimensions.
     """
     device, sampling = subject.device, subject.config.sampling
     dtype = subject.model.patch_embedding.weight.dtype
@@ -71,6 +72,8 @@ def measure_steps(subject: StreamingModel, effort: Effort) -> Measured:
         **{name: denoiser.step for name, denoiser in denoisers.items()},
         **{name: action for name, (action, _) in products.items()},
     }
+    with failures.allowed(PEER_BLOCK):
+        actions |= paired_blocks(subject.config.model, device, dtype)
     for action, _ in products.values():
         action()  # warm, as the variants are
     with progress("step", unit="rounds") as on_progress:
@@ -99,6 +102,7 @@ def measure_steps(subject: StreamingModel, effort: Effort) -> Measured:
                 verdict=verdict,
             )
         )
+    rows += [make_row(name, timings, None) for name in PAIR if name in timings]
     rows += failures.rows()
     rows += [
         make_row(name, timings, None, flops_per_second=1e3 * rate)
@@ -113,6 +117,8 @@ def measure_steps(subject: StreamingModel, effort: Effort) -> Measured:
     ratios = ratios_of(timings, list(variants))
     if FULL_ATTENTION in runs:
         ratios["windows ÷ full attention"] = timings[PLAIN].ratio_to(timings[FULL_ATTENTION])
+    if OUR_BLOCK in timings:
+        ratios["our block ÷ diffusers'"] = timings[OUR_BLOCK].ratio_to(timings[PEER_BLOCK])
     return Measured(rows, ratios, bfloat16)
 
 
@@ -131,29 +137,18 @@ def _running_denoisers(
         for name, (subject, fast) in runs.items():
             encoders = subject.config.text_encoders
             prompt = prompt_of(max(encoder.max_tokens for encoder in encoders))
-            with failures.allowed(name), MemoryMeter(subject.device) as meter:
-                denoiser = subject.denoiser([prompt], [0], fast=fast)
-                before = denoiser.buffer
-                denoiser.step()
-                changes[name] = (denoiser.buffer - before).cpu()
-                if running is None:
-                    while denoiser.filling:
-                        denoiser.step()
-                    running = denoiser.state()
-                else:
-                    denoiser.restore(running)
-                meter.warm()
-                denoiser.step()
-            if name not in failures:
+            with failures.allowed(name):
+                with MemoryMeter(subject.device, networks_of(subject.model, fast)) as meter:
+                    denoiser = subject.denoiser([prompt], [0], fast=fast)
+                    changes[name] = step_change(denoiser)
+                    if running is None:
+                        while denoiser.filling:
+                            denoiser.step()
+                        running = denoiser.state()
+                    else:
+                        denoiser.restore(running)
+                    meter.warm()
+                    denoiser.step()
                 denoisers[name], peaks[name] = denoiser, meter.peak_bytes
             on_progress(len(denoisers) + len(failures), len(runs), {})
     return denoisers, changes, peaks
-
-
-def float8_verdict(mine: Timings, exact: Timings, difference: float) -> str:
-    """Whether float8 is kept: faster than the fastest exact variant, and within its bound."""
-    if difference > ERROR_BOUND:
-        return f"dropped: differs by more than {ERROR_BOUND:.0%}"
-    if mine.percentile(50) >= exact.percentile(50):
-        return "dropped: not faster"
-    return "kept"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
+import numpy as np
 import torch
 
 from jobs.bench_rows import (
@@ -14,15 +16,25 @@ from jobs.bench_rows import (
     Row,
     executed_flops,
     fastest_of,
+    float8_verdict,
     layer_shapes,
     make_row,
     ratios_of,
     relative_error,
+    step_change,
     sustained_rows,
     tokens_per_encoder,
 )
 from jobs.bench_subject import DecodingSubject, prompt_of
-from jobs.bench_variants import FLOAT8, PLAIN, capability_of, decoder_variants, step_variants
+from jobs.bench_variants import (
+    FLOAT8,
+    PLAIN,
+    capability_of,
+    decoder_variants,
+    decoders_of,
+    networks_of,
+    step_variants,
+)
 from jobs.console import progress
 from jobs.measure import MemoryMeter, interleave, matmul_action
 from streamdit.decoding import ChunkDecoder, DecoderConfig
@@ -54,15 +66,15 @@ def measure_decoding(subject: DecodingSubject, effort: Effort) -> Measured:
     failures = Failures()
     with progress("prepare", unit="variants") as on_progress:
         for name, options in variants.items():
-            with failures.allowed(name), MemoryMeter(device) as meter:
-                decoder = ChunkDecoder(subject.autoencoder, device, options)
-                decoder.submit(latents).wait()
-                pixels = torch.from_numpy(decoder.submit(latents).wait())
-                meter.warm()
-                decoder.submit(latents).wait()
-            if name not in failures:
+            with failures.allowed(name):
+                with MemoryMeter(device, decoders_of(subject.autoencoder, options)) as meter:
+                    decoder = ChunkDecoder(subject.autoencoder, device, options)
+                    decoder.submit(latents).wait()
+                    pixels = decoder.submit(latents).wait()
+                    meter.warm()
+                    decoder.submit(latents).wait()
                 decoders[name], peaks[name] = decoder, meter.peak_bytes
-                pictures[name] = pixels.float() - 127.5
+                pictures[name] = centred(pixels)
             on_progress(len(decoders) + len(failures), len(variants), {})
 
     def action(decoder: ChunkDecoder) -> Callable[[], object]:
@@ -94,7 +106,9 @@ def measure_streams(
 ) -> Measured:
     """Time chunks of whole streams, from the first step's launch to pictures on the host.
 
-    Rates are of the operations of denoising. One row denoises without decoding.
+    Rates are of the operations of denoising. One row denoises without decoding. Differences are of
+    the third chunk's pictures, as :func:`measure_decoding` takes them; whether float8 is kept is
+    judged by the velocity, as :func:`jobs.bench_steps.measure_steps` does.
 
     Args:
         subject: what streams.
@@ -120,17 +134,25 @@ def measure_streams(
     prompt = prompt_of(max(encoder.max_tokens for encoder in subject.config.text_encoders))
     streams: dict[str, Stream] = {}
     peaks: dict[str, int | None] = {}
+    pictures: dict[str, torch.Tensor] = {}
+    changes: dict[str, torch.Tensor] = {}
     failures = Failures()
     with progress("prepare", unit="variants") as on_progress:
         for name, (fast, decoder) in variants.items():
-            with failures.allowed(name), MemoryMeter(device) as meter:
-                running = subject.stream(prompt, fast=fast, decoder=decoder)
-                next(running)
-                next(running)
-                meter.warm()
-                next(running)
-            if name not in failures:
+            with failures.allowed(name):
+                weights = networks_of(subject.model, fast)
+                weights += decoders_of(subject.autoencoder, decoder)
+                with MemoryMeter(device, weights) as meter:
+                    running = subject.stream(prompt, fast=fast, decoder=decoder)
+                    beginning = running.denoiser.state()
+                    changes[name] = step_change(running.denoiser)
+                    running.denoiser.restore(beginning)
+                    next(running)
+                    next(running)
+                    meter.warm()
+                    chunk = next(running)
                 streams[name], peaks[name] = running, meter.peak_bytes
+                pictures[name] = centred(chunk.frames)
             on_progress(len(streams) + len(failures), len(variants), {})
     evaluations = 1 if subject.config.sampling.guidance_scale == 1.0 else 2
     product, product_flops = matmul_action(
@@ -159,7 +181,18 @@ def measure_streams(
             peak_bytes=peak_bytes,
         )
 
-    rows = [row(name, variants[name][0], peaks[name]) for name in streams]
+    rows = [
+        replace(
+            row(name, variants[name][0], peaks[name]),
+            difference=relative_error(pictures[name], pictures[PLAIN]),
+        )
+        for name in streams
+    ]
+    exact_stream = fastest_of(timings, [name for name in streams if name != FLOAT8])
+    if FLOAT8 in streams:
+        error = relative_error(changes[FLOAT8], changes[PLAIN])
+        verdict = float8_verdict(timings[FLOAT8], timings[exact_stream], error)
+        rows[-1] = replace(rows[-1], verdict=verdict)
     rows += failures.rows()
     if NO_DECODING in timings:
         rows.append(row(NO_DECODING, fast_step, None))
@@ -167,7 +200,12 @@ def measure_streams(
     # No waiting between chunks, as where they are shown one after the other.
     alone = {name: running.__next__ for name, running in streams.items()}
     rows += sustained_rows(alone, timings, frames, device, effort.sustained)
-    return Measured(rows, ratios_of(timings, list(streams)), fastest_of(timings, list(streams)))
+    return Measured(rows, ratios_of(timings, list(streams)), exact_stream)
+
+
+def centred(pixels: np.ndarray) -> torch.Tensor:
+    """Pictures, uint8, as deviations from mid-grey."""
+    return torch.from_numpy(pixels).float() - 127.5
 
 
 def _chunks_alone(

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import torch
+from torch import nn
 
-from streamdit.decoding import DecoderConfig
+from streamdit.autoencoder.base import Autoencoder
+from streamdit.decoding import DecoderConfig, converted
+from streamdit.model import StreamDiT
 from streamdit.model.fast import FLOAT8_CAPABILITY, FastConfig
+from streamdit.model.quantise import with_float8_linears
 
 PLAIN = "plain"
 FLOAT8 = "+ float8"
@@ -54,3 +58,14 @@ def decoder_variants(compiled: bool, capability: Capability) -> dict[str, Decode
     if compiled:
         variants["+ compiled"] = last.model_copy(update={"compile": True})
     return variants
+
+
+def networks_of(model: StreamDiT, fast: FastConfig | None) -> list[nn.Module]:
+    """Whose weights a step holds: the network's, and those that a variant makes beside them."""
+    rounded = fast is not None and fast.float8
+    return [model, with_float8_linears(model)] if rounded else [model]
+
+
+def decoders_of(autoencoder: Autoencoder, config: DecoderConfig) -> list[nn.Module]:
+    """The same of a decoder."""
+    return [autoencoder, converted(autoencoder, config.bfloat16, config.channels_last)]

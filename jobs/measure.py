@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
+from torch import nn
 
 from jobs.console import OnProgress
 from streamdit.model.quantise import quantise_rows
@@ -161,14 +162,29 @@ def float8_matmul_action(
     return run, sum(2 * m * k * n for m, k, n in shapes)
 
 
+def weight_bytes(modules: Iterable[nn.Module]) -> int:
+    """Bytes of all parameters and buffers; what several modules share counts once."""
+    tensors = {
+        tensor.data_ptr(): tensor.nbytes
+        for module in modules
+        for tensor in (*module.parameters(), *module.buffers())
+    }
+    return sum(tensors.values())
+
+
 class MemoryMeter:
-    """Device memory that something takes once it is warm, beyond what was there.
+    """Device memory that something takes once it is warm: its weights, and what comes on top.
 
     What a captured graph keeps for itself counts; what tuning took before :meth:`warm` does not.
+
+    Args:
+        device: where it runs.
+        weights: the modules that it is made of; they are on the device already.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, weights: Iterable[nn.Module]) -> None:
         self._device = device
+        self._weights = weight_bytes(weights)
         self._before = 0
         self.peak_bytes: int | None = None
 
@@ -189,4 +205,5 @@ class MemoryMeter:
     def __exit__(self, *unused: object) -> None:
         wait_for(self._device)
         if self._device.type == "cuda":
-            self.peak_bytes = torch.cuda.max_memory_reserved(self._device) - self._before
+            taken = torch.cuda.max_memory_reserved(self._device) - self._before
+            self.peak_bytes = self._weights + taken
