@@ -52,7 +52,11 @@ class TrainingSubject:
         if config.lora is not None:
             raise UserError("bench train measures whole models; leave lora away")
         self.objective = FlowMatching(
-            config.partition, config.model.buffer_frames, config.caption_dropout, self.world.device
+            config.partition,
+            config.model.buffer_frames,
+            config.caption_dropout,
+            self.world.device,
+            config.loss_weighting,
         )
         with _out_of_memory_passes() as failed:
             self.batch = self._random_batch()
@@ -68,6 +72,7 @@ class TrainingSubject:
 
     def rebuild(self) -> None:
         """A new engine, after one ran out of memory with gradients half done."""
+        self.engine.destroy()  # its hooks would hold the weights
         del self.engine, self.average
         gc.collect()
         if self.world.device.type == "cuda":

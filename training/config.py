@@ -10,6 +10,7 @@ from streamdit.config import DiTConfig, PartitionConfig, SamplingConfig, StrictM
 from streamdit.errors import UserError
 from streamdit.partition import PartitionMixture, PartitionScheme
 from streamdit.schemes import cold_start_problem
+from training.weighting import LossWeighting
 
 
 class OptimizerConfig(StrictModel):
@@ -197,6 +198,10 @@ class TrainConfig(RunConfig):
     """How the trained model is sampled by default."""
     caption_dropout: float = Field(default=0.1, ge=0, le=1)
     """Share of samples whose caption is replaced by the empty one, for guidance."""
+    loss_weighting: LossWeighting = "uniform"
+    """How the loss of a frame counts by its noise level: all alike, or weighted by a density that
+    favours the middle of the path, `logit-normal` or `cosmap` (arXiv:2403.03206). Losses per chunk
+    size and noise segment are logged without it."""
 
     @model_validator(mode="after")
     def _check_schemes(self) -> TrainConfig:

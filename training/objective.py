@@ -15,6 +15,7 @@ from streamdit.config import PartitionConfig
 from streamdit.flow import VelocityFunction, flow_matching_loss, interpolate, velocity_target
 from streamdit.partition import PartitionMixture, apply_gamma
 from training.data import Batch
+from training.weighting import LossWeighting, noise_weights
 
 if TYPE_CHECKING:
     from training.job import TrainJob
@@ -123,6 +124,7 @@ class FlowMatching:
         buffer_frames: B.
         caption_dropout: share of captions replaced by the empty one.
         device: where batches will lie; default: the CPU.
+        weighting: how frames count in the loss by their noise level.
     """
 
     def __init__(
@@ -131,6 +133,7 @@ class FlowMatching:
         buffer_frames: int,
         caption_dropout: float,
         device: torch.device | None = None,
+        weighting: LossWeighting = "uniform",
     ) -> None:
         mixture = PartitionMixture(partition, buffer_frames)
         self.draw = MixtureDraw(mixture, caption_dropout)
@@ -142,17 +145,24 @@ class FlowMatching:
         self.segment_ends = ends.to(device)
         self.sizes = torch.tensor(self.chunk_sizes, device=device)
         self.sigma_min = partition.sigma_min
+        self.weighting = weighting
 
     def __call__(
         self, student: VelocityFunction, batch: Batch, draws: Draws
     ) -> tuple[Tensor, Figures]:
-        """Mean squared velocity error; figures give it per chunk size and noise segment."""
+        """Mean squared velocity error, weighted by noise level.
+
+        Figures give it per chunk size and noise segment, where all frames count alike.
+        """
         latents = interpolate(batch.latents, draws["noise"], draws["tau"], self.sigma_min)
         target = velocity_target(batch.latents, draws["noise"], self.sigma_min)
         text = batch.text.where(draws["keep_caption"], batch.null_text)
         prediction = student(latents, draws["tau"], text)
         per_frame = flow_matching_loss(prediction, target, draws["weight"])
-        return per_frame.mean(dim=1).mean(), partial(self._figures, per_frame.detach(), draws)
+        figures = partial(self._figures, per_frame.detach(), draws)
+        if self.weighting != "uniform":
+            per_frame = per_frame * noise_weights(self.weighting, draws["tau"])
+        return per_frame.mean(dim=1).mean(), figures
 
     def extra_forwards(self, draws: Draws) -> int:
         """None: the student answers once."""
@@ -189,4 +199,11 @@ def make_flow_matching(job: TrainJob, device: torch.device) -> FlowMatching:
     from training.config import TrainConfig
 
     assert isinstance(job.config, TrainConfig)
-    return FlowMatching(job.partition, job.model.buffer_frames, job.config.caption_dropout, device)
+    config = job.config
+    return FlowMatching(
+        job.partition,
+        job.model.buffer_frames,
+        config.caption_dropout,
+        device,
+        config.loss_weighting,
+    )

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 from model_directory import write_model_directory
 from PIL import Image
 from typer.testing import CliRunner
@@ -9,7 +10,14 @@ from typer.testing import CliRunner
 import streamdit
 from evaluation.sheets import read_video, write_video
 from jobs.cli import app
-from jobs.generate import PromptChange, parse_prompt, read_start, stream_frames
+from jobs.bench_variants import FLOAT8, decoder_variants, step_variants
+from jobs.generate import (
+    PromptChange,
+    compiled_stream,
+    parse_prompt,
+    read_start,
+    stream_frames,
+)
 from jobs.sources import read_source
 from streamdit.decoding import to_uint8
 from streamdit.errors import UserError
@@ -172,3 +180,11 @@ def test_registered_model_is_found_by_the_next_command(model_dir, tmp_path, monk
     result = run("generate", "models:/tiny@best", "--prompt", "x", "--out", out, "--frames", 4)
     assert result.exit_code == 0, result.output
     assert len(read_video(out)) == 4
+
+
+def test_fast_takes_what_bench_adds_up_to_on_a_gpu():
+    steps, decoder = compiled_stream(torch.device("cuda"))
+    exact = step_variants(True, (9, 0), torch.bfloat16)
+    exact.pop(FLOAT8)
+    assert steps == list(exact.values())[-1]
+    assert decoder == list(decoder_variants(True, (9, 0)).values())[-1]

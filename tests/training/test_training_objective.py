@@ -1,16 +1,21 @@
 """Buffered flow matching as an objective."""
 
+import math
+from types import SimpleNamespace
+
 import pytest
 import torch
 from no_host_reads import NoHostReads
 
+from jobs.config import load_config
 from streamdit.config import GammaConfig, PartitionConfig, PartitionEntry
 from streamdit.flow import interpolate
 from streamdit.text import TextStates
-from training.config import OptimizerConfig
+from training.config import OptimizerConfig, TrainConfig
 from training.data import Batch
-from training.objective import FlowMatching, stack_draws
+from training.objective import FlowMatching, make_flow_matching, stack_draws
 from training.schedule import learning_rate
+from training.weighting import noise_weights
 
 
 def states(value, batch):
@@ -188,3 +193,45 @@ def test_reference_frames_and_weights_of_the_mixture_are_drawn_as_configured():
     referenced = (draws["weight"][:, 0] == 0).float().mean()
     assert abs(whole_buffer - 3 / 8) < 0.05  # the share of text-to-video samples
     assert abs(referenced - 4 / 8) < 0.05
+
+
+@pytest.mark.parametrize("weighting", ["uniform", "logit-normal", "cosmap"])
+def test_weights_by_noise_level_are_densities(weighting):
+    """Their mean over the path is 1, so a learning rate means the same under any."""
+    tau = (torch.arange(100_000, dtype=torch.float64) + 0.5) / 100_000
+    weights = noise_weights(weighting, tau)
+    assert weights.mean() == pytest.approx(1.0, abs=1e-4)
+    torch.testing.assert_close(weights, weights.flip(0))
+    ends = noise_weights(weighting, torch.tensor([0.0, 1.0, 0.5]))
+    middle = {"uniform": 1.0, "logit-normal": 4 / math.sqrt(2 * math.pi), "cosmap": 4 / math.pi}
+    end = {"uniform": 1.0, "logit-normal": 0.0, "cosmap": 2 / math.pi}
+    torch.testing.assert_close(ends, torch.tensor([end[weighting]] * 2 + [middle[weighting]]))
+
+
+def test_logit_normal_weights_are_the_density_of_a_normal_through_a_sigmoid():
+    drawn = torch.sigmoid(torch.randn(400_000, generator=torch.Generator().manual_seed(0)))
+    counts = torch.histc(drawn, bins=20, min=0, max=1) / len(drawn) * 20
+    inside = noise_weights("logit-normal", (torch.arange(20_000) + 0.5) / 20_000)
+    torch.testing.assert_close(counts, inside.view(20, 1000).mean(dim=1), atol=0.03, rtol=0)
+
+
+def test_the_loss_is_weighted_by_noise_level_and_its_figures_are_not():
+    job = SimpleNamespace(
+        config=load_config(
+            TrainConfig, stage="train", preset="demo", overrides=["loss_weighting=cosmap"]
+        ),
+        model=SimpleNamespace(buffer_frames=4),
+        partition=PartitionConfig(entries=(PartitionEntry(chunk_frames=1, reference_frames=2),)),
+    )
+    weighted = make_flow_matching(job, torch.device("cpu"))
+    latents = torch.randn(5, 4, 2, 3, 3)
+    draws = draws_for(weighted, latents)
+    plain = FlowMatching(job.partition, 4, job.config.caption_dropout)
+    loss, figures = weighted(lambda x, tau, text: 0.3 * x, batch_of(latents), draws)
+    _, expected = plain(lambda x, tau, text: 0.3 * x, batch_of(latents), draws)
+    assert figures() == expected()
+    x = interpolate(latents, draws["noise"], draws["tau"])
+    error = (0.3 * x - latents + draws["noise"]).square().mean(dim=(2, 3, 4)) * draws["weight"]
+    tau = draws["tau"]
+    by_hand = error * 2 / (math.pi * ((1 - tau) ** 2 + tau**2))
+    torch.testing.assert_close(loss, by_hand.mean())
