@@ -9,8 +9,8 @@ from typer.testing import CliRunner
 
 import streamdit
 from evaluation.sheets import read_video, write_video
-from jobs.cli import app
 from jobs.bench_variants import FLOAT8, decoder_variants, step_variants
+from jobs.cli import app
 from jobs.generate import (
     PromptChange,
     compiled_stream,
