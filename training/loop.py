@@ -21,6 +21,7 @@ from training.export import export_adapter, export_checkpoint, write_record
 from training.failures import memory_errors
 from training.job import TrainJob
 from training.lora import add_adapters
+from training.records import known_run
 from training.run import Run
 from training.stop import Interrupted, StopRequest
 from training.system import system_metrics
@@ -54,7 +55,12 @@ def train_loop(job: TrainJob) -> None:
         write_record(job, dataset.manifest)
     try:
         watched = system_metrics(
-            config.tracking, world, run.records.run_id, Path(job.out), lambda: run.step
+            config.tracking,
+            world,
+            run.records.run_id,
+            Path(job.out),
+            lambda: run.step,
+            lambda: known_run(job).run_id,
         )
         with StopRequest(world) as stop, watched:
             run.train(stop)

@@ -40,7 +40,7 @@ class Records:
         if not keep:
             return
         self._metrics = MetricsFile(job.metrics_path, step)
-        known, fingerprint = _known_run(job), job.fingerprint()
+        known, fingerprint = known_run(job), job.fingerprint()
         began_ms = known.began_ms or int(time.time() * 1000)
         write = partial(_note_run, job, fingerprint, began_ms)
         self._tracker = Tracker.start(
@@ -96,10 +96,11 @@ def send_left(job: TrainJob) -> int:
     Returns:
         Records that still wait; 0 also where none did.
     """
-    out, left, known = Path(job.out), 0, _known_run(job)
-    began_ms = known.began_ms or int(time.time() * 1000)
+    out, left = Path(job.out), 0
     # Either file of a pair may be there alone; a tracker sends both.
     for name in sorted({path.name.replace(ARTIFACTS, ".jsonl") for path in out.glob(OUTBOXES)}):
+        known = known_run(job)  # anew, for the first may have to make it
+        began_ms = known.began_ms or int(time.time() * 1000)
         tracker = Tracker.take_up(
             job.config.tracking,
             job.run_name,
@@ -133,7 +134,7 @@ def _note_run(job: TrainJob, fingerprint: str, began_ms: int, run_id: str | None
     replace_text(Path(job.out) / RUN_FILE, json.dumps(known) + "\n")
 
 
-def _known_run(job: TrainJob) -> KnownRun:
+def known_run(job: TrainJob) -> KnownRun:
     """MLflow run of this very job, begun before its first checkpoint."""
     path = Path(job.out) / RUN_FILE
     known = json.loads(path.read_text()) if path.is_file() else {}

@@ -7,6 +7,7 @@ import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,12 @@ logger = logging.getLogger(__name__)
 
 @contextmanager
 def system_metrics(
-    config: TrackingConfig, world: World, run_id: str | None, out: Path, step: Callable[[], int]
+    config: TrackingConfig,
+    world: World,
+    run_id: str | None,
+    out: Path,
+    step: Callable[[], int],
+    find_run: Callable[[], str | None],
 ) -> Iterator[None]:
     """Log the state of every machine while the context lasts; every rank calls this.
 
@@ -28,19 +34,20 @@ def system_metrics(
     Args:
         config: store, and seconds between samples.
         world: this process.
-        run_id: the MLflow run, on the main rank.
+        run_id: the MLflow run, on the main rank; None if it is not made yet.
         out: directory of the run, for what cannot be sent.
         step: training step that a sample belongs to.
+        find_run: looks for a run that is made later.
     """
     machine = socket.gethostname()
     told = world.gather((machine, run_id))
     leads = [name for name, _ in told].index(machine) == world.rank
     run_id = told[0][1]
-    if not (config.system_every_s and leads and run_id):
+    if not (config.system_every_s and leads):
         yield
         return
     outbox = out / f"mlflow-outbox-{machine}.jsonl"
-    tracker = Tracker(make_client(config), run_id, outbox)
+    tracker = Tracker(make_client(config), run_id, outbox, partial(_made_run, find_run))
     done = threading.Event()
 
     def sample() -> None:
@@ -57,6 +64,17 @@ def system_metrics(
         done.set()
         thread.join()
         tracker.leave()
+
+
+def _made_run(find_run: Callable[[], str | None]) -> str:
+    """The run that the main rank made; until then what is logged waits.
+
+    Raises:
+        RuntimeError: if it is not made yet.
+    """
+    if (run_id := find_run()) is None:
+        raise RuntimeError("the run itself is not made yet")
+    return run_id
 
 
 def _monitors() -> list[Any]:
