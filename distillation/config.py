@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -130,6 +130,8 @@ class TeacherConfig(StrictModel):
 class DistillConfig(RunConfig):
     """One run of multistep distillation."""
 
+    free_parts: ClassVar[dict[str, Any]] = {"teacher": {"placement"}}
+
     teacher: TeacherConfig
     """Rollout of the teacher."""
     segment_weights: tuple[float, ...] | None = None
@@ -139,6 +141,13 @@ class DistillConfig(RunConfig):
     rollouts: str | None = None
     """Teacher rollouts from `streamdit rollouts`, a folder or S3; default: the teacher is asked at
     every step, and is in memory beside the student."""
+
+    @field_validator("segment_weights")
+    @classmethod
+    def _check_weights(cls, weights: tuple[float, ...] | None) -> tuple[float, ...] | None:
+        if weights is not None and (min(weights, default=0) < 0 or sum(weights) == 0):
+            raise ValueError("weights of segments are not negative, and not all of them 0")
+        return weights
 
     @model_validator(mode="after")
     def _check_cached(self) -> DistillConfig:

@@ -64,8 +64,9 @@ class MultistepDistillation:
         weight = moving * self.plan.at_segment(self.segment_weights, rollout.positions)
         weight = weight / moving.mean(dim=1, keepdim=True)
         tau = self.plan.levels(rollout.positions, rollout.moving, 0)
-        prediction = student(rollout.start, tau, batch.text)
-        per_frame = flow_matching_loss(prediction, rollout.target, weight)
+        # Nothing flows into the walk, nor into a stream of the student that led to its start.
+        prediction = student(rollout.start.detach(), tau, batch.text)
+        per_frame = flow_matching_loss(prediction, rollout.target.detach(), weight)
         figures = partial(self._figures, per_frame.detach(), weight, rollout)
         return per_frame.mean(dim=1).mean(), figures
 

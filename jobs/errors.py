@@ -66,8 +66,9 @@ def find_cause(error: BaseException, kind: type[E]) -> E | None:
     """The exception of a kind behind `error`.
 
     Ray hands an exception on as `.cause` of its own (which then also is of that kind, but one
-    whose text is a traceback), by rank in `.worker_failures` when a training worker raised it, or
-    as `.health_check_failure` when a worker no longer answers.
+    whose text is a traceback), by rank in `.worker_failures` when a training worker raised it, as
+    `.controller_failure` when a callback did, or as `.health_check_failure` when a worker no longer
+    answers.
     """
     pending: list[object] = [error]
     seen: set[int] = set()
@@ -83,6 +84,7 @@ def find_cause(error: BaseException, kind: type[E]) -> E | None:
             cause,
             candidate.__cause__,
             getattr(candidate, "health_check_failure", None),
+            getattr(candidate, "controller_failure", None),
         ]
         failures = getattr(candidate, "worker_failures", None)
         if isinstance(failures, dict):

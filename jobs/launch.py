@@ -116,6 +116,7 @@ def _fit(job: TrainJob, own_runtime: bool) -> None:
             name=job.run_name,
             storage_path=str((Path(job.out) / "ray").resolve()),
             failure_config=FailureConfig(max_failures=launch_config.max_failures),
+            callbacks=[_end_at_user_errors()],
         ),
     )
     with _interruptible():
@@ -124,6 +125,8 @@ def _fit(job: TrainJob, own_runtime: bool) -> None:
         except Exception as error:
             if (stopped := find_cause(error, Interrupted)) is not None:
                 raise Stopped(str(stopped)) from None
+            if (mistake := find_cause(error, UserError)) is not None:
+                raise mistake from None
             if lost_worker(error):
                 raise UserError(
                     f"a worker of {job.run_name} was lost: its process was killed (often for want "
@@ -131,6 +134,24 @@ def _fit(job: TrainJob, own_runtime: bool) -> None:
                     "checkpoint, and launch.max_failures=N lets Ray do so by itself"
                 ) from None
             raise
+
+
+def _end_at_user_errors() -> Any:
+    """Ends a run at once whose worker found a mistake, which to begin again would only repeat.
+
+    Ray Train begins again after any exception of a worker, but not after one of a callback.
+    """
+    from ray.train import UserCallback
+
+    class EndAtUserErrors(UserCallback):  # type: ignore[misc]
+        def after_exception(
+            self, run_context: Any, worker_exceptions: dict[int, Exception]
+        ) -> None:
+            for error in worker_exceptions.values():
+                if (mistake := find_cause(error, UserError)) is not None:
+                    raise mistake
+
+    return EndAtUserErrors()
 
 
 def lost_worker(error: BaseException) -> bool:

@@ -13,8 +13,16 @@ import typer
 from jobs.console import progress, say
 from jobs.options import TrackingDirectory, TrackingUri
 from streamdit.errors import UserError
+from streamdit.io import read_model_config
 from training.config import TrackingConfig
-from training.registry import Promotion, Sample, check_names, check_scores, register
+from training.registry import (
+    Promotion,
+    Sample,
+    check_metric,
+    check_names,
+    check_scores,
+    register,
+)
 
 SAMPLE_PROMPT = "a boat on a lake"
 
@@ -71,6 +79,10 @@ def command(
     check_names(name, alias)
     check_scores(numbers)
     promotion = Promotion(if_better, lower_is_better) if if_better is not None else None
+    if promotion is not None:
+        check_metric(promotion, numbers)
+    for encoder, folder in local_text_encoders(model).items():
+        say(f"only machines that have {folder} can load the model, for its text encoder {encoder}")
     tracking = TrackingConfig(uri=tracking_uri, directory=str(tracking_directory))
     with tempfile.TemporaryDirectory() as folder:
         sample = make_sample(model, prompt, sample_frames, Path(folder)) if sample_frames else None
@@ -108,6 +120,15 @@ def read_scores(pairs: Sequence[str], file: Path | None) -> dict[str, float]:
         except ValueError:
             raise UserError(f"--score {pair!r} is not NAME=VALUE, as in colour=0.98") from None
     return values
+
+
+def local_text_encoders(model: Path) -> dict[str, str]:
+    """Folders outside the model directory that its text encoders are loaded from, by encoder."""
+    return {
+        encoder.name: encoder.source
+        for encoder in read_model_config(model).text_encoders
+        if encoder.source is not None and Path(encoder.source).exists()
+    }
 
 
 def make_sample(model: Path, prompt: str, frames: int, folder: Path) -> Sample:

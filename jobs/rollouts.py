@@ -19,12 +19,15 @@ from jobs.launch import check_resources
 from jobs.options import Address, ConfigFile, Dataset, Overrides, Preset
 from jobs.runtime import ray_runtime
 from jobs.training_job import check_dataset
+from pipeline.lock import writing
 from pipeline.store import DatasetPath, Store, open_store
 from streamdit.errors import UserError
 from streamdit.io import read_model_config
 
 REQUEST_FILE = "request.json"
 CLIPS_PER_FILE = 32
+PATIENCE_S = 60.0
+"""How long nothing may happen before it is said that a cluster starts no actor."""
 
 
 @dataclass(frozen=True)
@@ -107,13 +110,28 @@ def make_rollouts(
         UserError: if the directory holds rollouts of something else, the teacher does not fit, the
             actors cannot be placed, or their files do not arrive.
     """
+    if config.drift.needs_teacher or config.drift.needs_student:
+        raise UserError("rollouts come from noised clips; leave out the drift settings")
+    store = open_store(out)
+    with writing(out, "streamdit rollouts", say):
+        return _make_missing(dataset, teacher, store, config, per_clip, on_progress, own_runtime)
+
+
+def _make_missing(
+    dataset: DatasetPath,
+    teacher: Path,
+    store: Store,
+    config: DistillConfig,
+    per_clip: int,
+    on_progress: OnProgress | None,
+    own_runtime: bool,
+) -> int:
+    """See :func:`make_rollouts`; nobody else writes to the directory meanwhile."""
     import ray
 
     from distillation.cache import MANIFEST_FILE, RolloutManifest, plan_record
     from pipeline.schema import load_manifest
 
-    if config.drift.needs_teacher or config.drift.needs_student:
-        raise UserError("rollouts come from noised clips; leave out the drift settings")
     record = {
         "teacher_sha256": read_model_config(teacher).weights_sha256,
         "dataset_fingerprint": load_manifest(dataset).fingerprint,
@@ -121,7 +139,6 @@ def make_rollouts(
         "seed": config.seed,
         "precision": config.precision,
     }
-    store = open_store(out)
     _claim(store, record)
     units = plan_units(dataset, per_clip)
     missing = _missing(store, units)
@@ -200,7 +217,10 @@ def _work_off(actors: Sequence[Any], units: Sequence[Unit]) -> Iterator[Unit]:
     starting = {actor.__ray_ready__.remote(): actor for actor in actors}
     running: dict[Any, tuple[Any, Unit]] = {}
     while waiting or running:
-        (finished,), _ = ray.wait([*starting, *running], num_returns=1)
+        while not (ready := ray.wait([*starting, *running], num_returns=1, timeout=PATIENCE_S)[0]):
+            if not running:
+                say(_why_none_starts(len(starting)))
+        (finished,) = ready
         ray.get(finished)
         if finished in starting:
             actor, done = starting.pop(finished), None
@@ -216,6 +236,18 @@ def _work_off(actors: Sequence[Any], units: Sequence[Unit]) -> Iterator[Unit]:
             starting.clear()
         if done is not None:
             yield done
+
+
+def _why_none_starts(actors: int) -> str:
+    """What a cluster that has no room for any actor has."""
+    import ray
+
+    has = ray.cluster_resources()
+    room = ", ".join(f"{has.get(kind, 0):g} {kind}" for kind in ("CPU", "GPU"))
+    return (
+        f"none of {actors} actors has started yet: the cluster has {room} in all, of which each "
+        "takes launch.cpus_per_worker CPU, and 1 GPU unless launch.use_gpu=false"
+    )
 
 
 class RolloutActor:

@@ -139,13 +139,18 @@ def _row(run: Any, experiment: str) -> RunRow:
         experiment=experiment,
         status=run.info.status.lower(),
         step=int(loss.step) if loss else None,
-        steps=int(params["steps"]) if "steps" in params else None,
+        steps=_whole_number(params.get("steps")),
         loss=loss.value if loss else None,
         dataset=tags.get("dataset"),
         started=started,
         heard=max([started, *(metric.timestamp / 1000 for metric in metrics)]),
         model=tags.get("model"),
     )
+
+
+def _whole_number(text: str | None) -> int | None:
+    """A parameter of a run, which need not be one of ours."""
+    return int(text) if text is not None and text.isdecimal() else None
 
 
 def table_of(rows: Sequence[RunRow], now: float) -> Any:

@@ -58,7 +58,7 @@ class SpriteBenchConfig(StrictModel):
     """Video frames that an accuracy is read from."""
     drift_prompts: int = Field(gt=0)
     """Prompts whose streams go on for as long as `drift_buffers` asks."""
-    drift_buffers: tuple[int, ...] = (1, 4, 16)
+    drift_buffers: tuple[int, ...] = Field(default=(1, 4, 16), min_length=1)
     """Buffer lengths after the start at which long streams are read again."""
     seeds: int = Field(default=3, gt=0)
     """Each gives one value, and intervals are over them: seeds of training, distillation and noise
@@ -95,6 +95,7 @@ def run(
     with ray_runtime():
         pairs = given or _make_models(settings, bench.seeds, out)
         systems = [plan_systems(pair.teacher, pair.student) for pair in pairs]
+        _check_alike(systems)
         figures = measure(systems * (bench.seeds // len(pairs)), bench, settings.world, out)
     report(figures, bench, pairs, out, made=not given)
 
@@ -111,6 +112,21 @@ def _given_models(
             "give one"
         )
     return [SpriteModels(*pair) for pair in zip(teachers, students, strict=True)]
+
+
+def _check_alike(by_seed: Sequence[Sequence[System]]) -> None:
+    """Refuse to take seeds together whose systems are sampled in other ways.
+
+    Raises:
+        UserError: naming two that differ.
+    """
+    for seed, systems in enumerate(by_seed):
+        for system, first in zip(systems, by_seed[0], strict=True):
+            if system.sampling != first.sampling:
+                raise UserError(
+                    f"{system.model} is measured as {system.label} but {first.model} as "
+                    f"{first.label}; seed {seed} must be distilled as the first, or measured apart"
+                )
 
 
 def _stage_settings(
@@ -168,23 +184,23 @@ def measure(
     longest = max(bench.drift_buffers) * buffer + bench.frames
     videos = {}
     wanted = [
-        (system, seed, chosen, frames)
+        (place, system, seed, chosen, frames)
         for seed, seeded in enumerate(by_seed)
-        for system in seeded
+        for place, system in enumerate(seeded)
         for chosen, frames in ((short, bench.frames), (long, longest))
     ]
     with progress("videos", unit="sets") as shown:
-        for done, (system, seed, chosen, frames) in enumerate(wanted):
+        for done, (place, system, seed, chosen, frames) in enumerate(wanted):
             shown(done, len(wanted), {})
-            videos[system.label, seed, frames] = _videos(system, seed, chosen, frames, out)
+            videos[place, seed, frames] = _videos(system, seed, chosen, frames, out)
         shown(len(wanted), len(wanted), {})
     figures = []
     costs = stream_costs(systems, short[0], len(by_seed), fps)
-    for system in systems:
+    for place, system in enumerate(systems):
         seeds = range(len(by_seed))
-        first = [videos[system.label, seed, bench.frames] for seed in seeds]
-        ends = [videos[system.label, seed, longest] for seed in seeds]
-        best = [videos[systems[0].label, seed, bench.frames] for seed in seeds]
+        first = [videos[place, seed, bench.frames] for seed in seeds]
+        ends = [videos[place, seed, longest] for seed in seeds]
+        best = [videos[0, seed, bench.frames] for seed in seeds]
         drift = {
             buffers: [
                 _marks_from(video, buffers * buffer, bench.frames, long, fps) for video in ends

@@ -172,8 +172,13 @@ class StreamingModel:
         )
 
     def latents(self, frames: np.ndarray) -> Tensor:
-        """Normalised latents `[1, f, C, h, w]` of frames uint8 `[n, H, W, 3]`, fitted in size."""
-        return encode_frames(self.autoencoder, self.config.model.buckets[0], frames)
+        """Normalised latents `[1, f, C, h, w]` of frames uint8 `[n, H, W, 3]`, fitted in size.
+
+        For a stream to continue them: of frames that are too few for another latent, the first
+        are left out.
+        """
+        bucket = self.config.model.buckets[0]
+        return encode_frames(self.autoencoder, bucket, frames, to_the_end=True)
 
     def guide(self, frames: np.ndarray, strength: float) -> Guide:
         """A video uint8 `[n, H, W, 3]` to follow; one frame is held for a whole buffer.
@@ -186,7 +191,8 @@ class StreamingModel:
             identity = self.autoencoder.identity
             held = self.config.model.buffer_frames * identity.temporal_factor
             frames = frames.repeat(held, axis=0)
-        return Guide(self.latents(frames), strength, self.config.partition.sigma_min)
+        latents = encode_frames(self.autoencoder, self.config.model.buckets[0], frames)
+        return Guide(latents, strength, self.config.partition.sigma_min)
 
     def resume(
         self,

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import tempfile
 from pathlib import Path
 from typing import Any
 
 from streamdit.errors import UserError
+from streamdit.hashing import file_sha256
 from streamdit.io import CONFIG_FILE, WEIGHTS_FILE, read_model_config
 
 PICKLES = {".bin", ".ckpt", ".dill", ".joblib", ".pickle", ".pkl", ".pt", ".pth"}
@@ -89,8 +91,10 @@ def _place_of(version: Any) -> Path:
 
     store = hashlib.sha256(mlflow.get_registry_uri().encode()).hexdigest()[:12]
     # A model that was removed and made again has the same version with another content.
-    content = version.tags.get("weights_sha256", str(version.creation_timestamp))[:16]
-    folder = f"{version.name}-{version.version}-{content}"
+    known = [version.tags.get(tag) for tag in ("weights_sha256", "config_sha256")]
+    content = json.dumps(known if all(known) else version.creation_timestamp)
+    digest = hashlib.sha256(content.encode()).hexdigest()[:16]
+    folder = f"{version.name}-{version.version}-{digest}"
     return cache_folder() / "models" / store / folder
 
 
@@ -101,15 +105,19 @@ def _checked(root: Path, uri: str, version: Any) -> Path:
         UserError: if it is not, or holds a pickle.
     """
     refuse_pickles(root, uri)
-    recorded = version.tags.get("weights_sha256")
     for path in sorted(root.rglob(CONFIG_FILE)):
         if (path.parent / WEIGHTS_FILE).is_file():
-            found = read_model_config(path.parent).weights_sha256
-            if recorded and found != recorded:
-                raise UserError(
-                    f"{uri} holds weights {found[:12]}... but the registry recorded "
-                    f"{recorded[:12]}...; the artifact was changed, register the model again"
-                )
+            found = {
+                "weights": read_model_config(path.parent).weights_sha256,
+                "config": file_sha256(path),  # which has the hash of an autoencoder beside it
+            }
+            for what, digest in found.items():
+                recorded = version.tags.get(f"{what}_sha256")
+                if recorded and digest != recorded:
+                    raise UserError(
+                        f"{uri} holds {what} {digest[:12]}... but the registry recorded "
+                        f"{recorded[:12]}...; the artifact was changed, register the model again"
+                    )
             return path.parent
     raise UserError(f"{uri} holds no model directory; register one with `streamdit register`")
 

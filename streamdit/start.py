@@ -27,7 +27,9 @@ class Guide:
 
     Frame f of the stream begins on the path from its noise to frame f of the guide. The model
     takes over for the last `strength` of the frame's T steps, so 1 ignores the guide and 0 gives
-    it back. Frames behind the guide's end are the model's own.
+    it back. The share is rounded to whole steps, of which a student has few, but a frame follows
+    for one step at least, and is left for one, unless the strength is 1 or 0. Frames behind the
+    guide's end are the model's own.
 
     Attributes:
         latents: `[b, f, C, h, w]` normalised; b = 1 serves all streams.
@@ -48,7 +50,9 @@ class Guide:
 
     def followed_steps(self, total_steps: int) -> int:
         """Steps of T in which a frame follows the guide."""
-        return total_steps - round(self.strength * total_steps)
+        if self.strength in (0.0, 1.0) or total_steps == 1:
+            return total_steps - round(self.strength * total_steps)
+        return min(max(total_steps - round(self.strength * total_steps), 1), total_steps - 1)
 
     def velocity(self, first: int, noise: Tensor) -> Tensor:
         """Velocity from `noise [b, n, C, h, w]` of frames `first` ... to the guide.
@@ -105,12 +109,15 @@ def fit_frames(frames: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 @torch.no_grad()
-def encode_frames(autoencoder: Autoencoder, bucket: BucketConfig, frames: np.ndarray) -> Tensor:
+def encode_frames(
+    autoencoder: Autoencoder, bucket: BucketConfig, frames: np.ndarray, to_the_end: bool = False
+) -> Tensor:
     """Normalised latents `[1, f, C, h, w]` of frames uint8 `[n, H, W, 3]`, fitted to a bucket.
 
-    Frames that do not fill a last latent are dropped. Where the autoencoder encodes a first frame
-    alone, the first is repeated before the clip and its latent left out, since a stream's latents
-    all stand for whole groups of frames.
+    Frames that are too few for another latent are dropped: the last ones, or the first ones with
+    `to_the_end`, for a stream that goes on behind the last. Where the autoencoder encodes a first
+    frame alone, the first is repeated before the clip and its latent left out, since a stream's
+    latents all stand for whole groups of frames.
 
     Raises:
         UserError: if there are fewer frames than one latent stands for.
@@ -123,7 +130,8 @@ def encode_frames(autoencoder: Autoencoder, bucket: BucketConfig, frames: np.nda
             f"a video of {len(frames)} frames is too short; give at least {factor} frames"
         )
     scale = identity.spatial_factor
-    fitted = fit_frames(frames[:count], bucket.height * scale, bucket.width * scale)
+    kept = frames[-count:] if to_the_end else frames[:count]
+    fitted = fit_frames(kept, bucket.height * scale, bucket.width * scale)
     alone = int(identity.first_frame_alone)
     if alone:
         fitted = np.concatenate([fitted[:1], fitted])

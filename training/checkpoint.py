@@ -140,19 +140,31 @@ def find_damage(folder: Path, files: Mapping[str, tuple[int, str]]) -> str | Non
     """What is wrong with files of a checkpoint, by the size and hash that they had, or None."""
     for name, (size, sha256) in files.items():
         path = folder / name
-        if not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != size:
-            return f"{name} has {path.stat().st_size} bytes instead of {size}"
-        if file_sha256(path) != sha256:
-            return f"the content of {name} has changed"
+        try:
+            if not path.is_file():
+                return f"{name} is missing"
+            if path.stat().st_size != size:
+                return f"{name} has {path.stat().st_size} bytes instead of {size}"
+            if file_sha256(path) != sha256:
+                return f"the content of {name} has changed"
+        except OSError as error:
+            return f"{name} cannot be read ({error})"
     return None
 
 
-def _find_damage_together(folder: Path, facts: CheckpointFacts, world: World) -> str | None:
-    """The work shared out among the ranks; every rank gets the same answer."""
-    mine = dict(sorted(facts.files.items())[world.rank :: world.size])
-    return next((found for found in world.gather(find_damage(folder, mine)) if found), None)
+def _look_together(folder: Path, world: World) -> tuple[CheckpointFacts | None, str | None]:
+    """Facts of a checkpoint, or what is wrong with it; every rank gets the same answer.
+
+    The work is shared out among the ranks.
+    """
+    facts, damage = None, None
+    try:
+        facts = read_facts(folder)
+        damage = find_damage(folder, dict(sorted(facts.files.items())[world.rank :: world.size]))
+    except (ValueError, TypeError, OSError) as error:
+        damage = f"{MARKER} cannot be read ({error})"
+    damage = next((found for found in world.gather(damage) if found), None)
+    return (None, damage) if damage else (facts, None)
 
 
 def warn_of_damage(folder: Path, damage: str) -> None:
@@ -198,14 +210,10 @@ def load_checkpoint(
         _warn_of_unfinished(root, folders[0])
     for name in folders[0]:
         folder = root / name
-        try:
-            facts = read_facts(folder)
-            damage = _find_damage_together(folder, facts, world)
-        except (ValueError, TypeError) as error:
-            damage = f"{MARKER} cannot be read ({error})"
-        if damage:
+        facts, damage = _look_together(folder, world)
+        if facts is None:
             if world.is_main:
-                warn_of_damage(folder, damage)
+                warn_of_damage(folder, str(damage))
             continue
         if facts.fingerprint != fingerprint:
             raise UserError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -121,6 +121,9 @@ class DataConfig(StrictModel):
 
 class RunConfig(StrictModel):
     """What every run of the trainer has, whatever its objective."""
+
+    free_parts: ClassVar[dict[str, Any]] = {}
+    """Of the settings that an objective adds, those that may change between parts of a run."""
 
     steps: int = Field(gt=0)
     """Optimizer steps."""

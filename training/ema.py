@@ -63,10 +63,12 @@ class ExponentialMovingAverage:
     @contextmanager
     def model_averaged(self) -> Iterator[None]:
         """Within the context the model computes with the averaged weights; on all ranks."""
-        with self.swapped_in():
+        try:
+            with self.swapped_in():
+                publish_masters(self.engine)
+                yield
+        finally:
             publish_masters(self.engine)
-            yield
-        publish_masters(self.engine)
 
     @torch.no_grad()
     def _swap(self) -> None:

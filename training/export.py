@@ -136,7 +136,7 @@ def find_step(run: Path, step: int | None, kind: Kind) -> tuple[Path, Checkpoint
             facts = read_facts(folder)
             needed = {name: facts.files[name] for name in files_with(kind, facts.files)}
             damage = find_damage(folder, needed)
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, OSError) as error:
             damage = f"{MARKER} cannot be read ({error})"
         if damage is None:
             return folder, facts

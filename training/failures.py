@@ -58,9 +58,10 @@ class SkippedSteps:
         if self.in_a_row >= self.limit:
             raise UserError(
                 f"loss or gradients were not finite for {self.in_a_row} steps in a row, up to "
-                f"step {step}; the clips are listed in {path.parent}; lower "
-                "optimizer.learning_rate or remove bad clips, then run the same command to "
-                "continue from the newest checkpoint"
+                f"step {step}; the clips are listed in {path.parent}; the same command with a "
+                "larger skip_limit goes on past them, or export the newest checkpoint (streamdit "
+                "export) and start from it as --parent of a new --out, with a lower "
+                "optimizer.learning_rate or without those clips"
             )
 
     def _save(self, step: int, batches: Sequence[Batch], losses: Sequence[torch.Tensor]) -> Path:
@@ -74,22 +75,26 @@ class SkippedSteps:
         return path
 
 
+VALIDATING = "in validation"
+"""Where memory ran out, as :func:`memory_errors` is told."""
+
+
 @contextmanager
 def memory_errors(
     config: RunConfig,
     model: StreamDiT,
     batches: Sequence[Batch],
     world: World,
-    validating: bool = False,
+    where: str = "before the first step",
 ) -> Iterator[None]:
     """Turn running out of memory into one line with the sizes and what to lower.
 
     Args:
         config: settings, of which some are named as remedies.
         model: the student.
-        batches: micro-batches of the step within; none where a run is set up or validates.
+        batches: micro-batches of the step within; none where it is something else.
         world: this process.
-        validating: whether it is validation that is within.
+        where: what is within, if it is no step.
 
     Raises:
         UserError: if memory ran out within.
@@ -111,7 +116,7 @@ def memory_errors(
                 remedies.append("activation_checkpointing=true")
             shape = "x".join(str(length) for length in latents.shape[1:])
             size = f"micro-batch of {len(latents)} latents {shape}, "
-        elif validating:
+        elif where == VALIDATING:
             settings = {"videos": config.validation.videos, "samples": config.validation.samples}
             remedies += [f"validation.{name}=0" for name, count in settings.items() if count]
         if config.zero_stage < 3:
@@ -119,9 +124,10 @@ def memory_errors(
         if not config.offload_optimizer:
             remedies.append("offload_optimizer=true")
         parameters = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
-        where = "in validation " if validating else "" if batches else "before the first step "
+        during = "" if batches else f"{where} "
         raise UserError(
-            f"out of memory {where}on rank {world.rank} ({world.device}): {parameters / 1e6:,.0f}M "
+            f"out of memory {during}on rank {world.rank} ({world.device}): "
+            f"{parameters / 1e6:,.0f}M "
             f"parameters over {world.size} workers at ZeRO stage {config.zero_stage}, {size}"
             f"{peak_memory_bytes(world.device) / 2**30:.1f} GiB used at most; try "
             f"{' or '.join(remedies) or 'more workers'}"

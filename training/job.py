@@ -70,7 +70,8 @@ class TrainJob:
 
     def identity(self) -> dict[str, Any]:
         """All that decides the run's numbers: configuration, data set and parent."""
-        settings = self.config.model_dump(mode="json", exclude=set(FREE_SETTINGS))
+        free = dict.fromkeys(FREE_SETTINGS, True) | self.config.free_parts
+        settings = self.config.model_dump(mode="json", exclude=free)
         for name in ("model", "partition", "sampling"):
             settings[name] = getattr(self, name).model_dump(mode="json")
         settings["dataset"] = open_store(self.dataset).sha256(MANIFEST_FILE)

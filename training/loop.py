@@ -6,6 +6,7 @@ It knows DeepSpeed, checkpoints and logging, but neither flow matching nor disti
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,7 +22,7 @@ from training.export import export_adapter, export_checkpoint, write_record
 from training.failures import memory_errors
 from training.job import TrainJob
 from training.lora import add_adapters
-from training.records import known_run
+from training.records import known_run, outbox_path
 from training.run import Run
 from training.stop import Interrupted, StopRequest
 from training.system import system_metrics
@@ -58,13 +59,15 @@ def train_loop(job: TrainJob) -> None:
             config.tracking,
             world,
             run.records.run_id,
-            Path(job.out),
+            partial(outbox_path, job),
             lambda: run.step,
             lambda: known_run(job).run_id,
         )
-        with StopRequest(world) as stop, watched:
-            run.train(stop)
-        export(run)
+        # To the end, since an export that is cut off would have to be made again.
+        with StopRequest(world) as stop:
+            with watched:
+                run.train(stop)
+            export(run)
     except Interrupted:
         run.records.close("KILLED")
         raise

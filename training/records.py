@@ -16,9 +16,14 @@ from training.metrics import MetricsFile
 from training.tracking import ARTIFACTS, Tracker, tracking_uri
 
 RUN_FILE = "mlflow-run.json"
-OUTBOX = "mlflow-outbox.jsonl"
-OUTBOXES = "mlflow-outbox*.jsonl"
-"""The main rank's, and those of the machines' load, each with its artifacts."""
+
+
+def outbox_path(job: TrainJob, machine: str = "") -> Path:
+    """Where records wait that the store does not take: the main rank's, or a machine's load.
+
+    Those of another run that was begun in the same directory before keep to themselves.
+    """
+    return Path(job.out) / f"mlflow-outbox-{job.fingerprint()}{machine and '-'}{machine}.jsonl"
 
 
 class Records:
@@ -54,7 +59,7 @@ class Records:
                 **job.tags,
             },
             run_id=run_id or known.run_id,
-            outbox=Path(job.out) / OUTBOX,
+            outbox=outbox_path(job),
             on_made=write,
             may_be_away=job.store_may_be_away,
             began_ms=began_ms,
@@ -97,8 +102,9 @@ def send_left(job: TrainJob) -> int:
         Records that still wait; 0 also where none did.
     """
     out, left = Path(job.out), 0
+    found = out.glob(f"{outbox_path(job).stem}*.jsonl")  # of machines too
     # Either file of a pair may be there alone; a tracker sends both.
-    for name in sorted({path.name.replace(ARTIFACTS, ".jsonl") for path in out.glob(OUTBOXES)}):
+    for name in sorted({path.name.replace(ARTIFACTS, ".jsonl") for path in found}):
         known = known_run(job)  # anew, for the first may have to make it
         began_ms = known.began_ms or int(time.time() * 1000)
         tracker = Tracker.take_up(

@@ -6,7 +6,8 @@ import math
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 from streamdit import __version__
 from streamdit.config import StreamDiTConfig
 from streamdit.errors import UserError
+from streamdit.hashing import file_sha256
 from streamdit.io import (
     AUTOENCODER_FOLDER,
     CONFIG_FILE,
@@ -26,7 +28,7 @@ from streamdit.registered import refuse_pickles
 from training.config import TrackingConfig
 from training.model_card import CARD_FILE, SAMPLE_FILE, model_card
 from training.revision import git_revision
-from training.tracking import ALREADY_EXISTS, connect, use_store
+from training.tracking import ALREADY_EXISTS, connect, is_gone, use_store
 
 SCORE_TAG = "score."
 """What tags with scores begin with."""
@@ -122,25 +124,20 @@ def register(
     check_names(name, alias)
     scores = dict(scores or {})
     check_scores(scores)
+    if promotion is not None:
+        check_metric(promotion, scores)
     config = read_model_config(model_directory)
     load_weights(model_directory, config)  # refuses damaged weights before anybody can load them
-    if promotion is not None and promotion.metric not in scores:
-        raise UserError(
-            f"metric {promotion.metric} is not among the scores "
-            f"({', '.join(scores) or 'none were given'}); add --score {promotion.metric}=VALUE"
-        )
     client, experiment_id = connect(tracking)
     # It stays so, for `streamdit.load("models:/...")` in this process to find the same store.
     uri = use_store(tracking)
     try:
         tags = version_tags(config, scores) | _teacher_tags(client, config)
-        run_id = (
-            _run_of(client, config)
-            or client.create_run(experiment_id, run_name=f"register-{name}").info.run_id
-        )
-        version = _create_version(
-            client, run_id, name, Path(model_directory), config, tags, scores, sample
-        )
+        tags["config_sha256"] = file_sha256(Path(model_directory) / CONFIG_FILE)
+        with _run_for(client, experiment_id, config, name) as run_id:
+            version = _create_version(
+                client, run_id, name, Path(model_directory), config, tags, scores, sample
+            )
         moved, note = _move_alias(client, name, alias, version, scores, promotion)
     except MlflowException as error:
         reason = str(error).splitlines()[0]
@@ -182,6 +179,19 @@ def check_scores(scores: Mapping[str, float]) -> None:
             raise UserError(f"score {name} is {value:g}, not a finite number; leave it out")
 
 
+def check_metric(promotion: Promotion, scores: Mapping[str, float]) -> None:
+    """Refuse to judge by a score that is not there.
+
+    Raises:
+        UserError: naming it.
+    """
+    if promotion.metric not in scores:
+        raise UserError(
+            f"metric {promotion.metric} is not among the scores "
+            f"({', '.join(scores) or 'none were given'}); add --score {promotion.metric}=VALUE"
+        )
+
+
 def _create_version(
     client: Any,
     run_id: str,
@@ -193,11 +203,12 @@ def _create_version(
     sample: Sample | None,
 ) -> str:
     """Log the artifact and register it; returns the version's number."""
-    import mlflow
+    import mlflow.pyfunc
+    from mlflow.models import Model
 
     ancestry = {key: value for key, value in tags.items() if not key.startswith(SCORE_TAG)}
     card = model_card(name, config, ancestry, scores, sample.prompt if sample else None)
-    with tempfile.TemporaryDirectory() as staging, mlflow.start_run(run_id=run_id):
+    with tempfile.TemporaryDirectory() as staging:
         data = Path(staging) / "model"
         # Only what the contract of a model directory names: nothing else has been checked.
         shutil.copytree(directory, data, ignore=_all_but_the_model(directory))
@@ -205,8 +216,16 @@ def _create_version(
         (data / CARD_FILE).write_text(card, encoding="utf-8")
         if sample is not None:
             shutil.copyfile(sample.video, data / SAMPLE_FILE)
-        logged = mlflow.pyfunc.log_model(
-            name="model",
+        # Not `log_model`, which needs an active run: to activate one ends it anew, whatever it was.
+        run = client.get_run(run_id)
+        place = client.create_logged_model(
+            run.info.experiment_id, "model", run_id, params=dict(run.data.params)
+        )
+        logged = Model.log(
+            artifact_path=None,
+            flavor=mlflow.pyfunc,
+            run_id=run_id,
+            model_id=place.model_id,
             loader_module="streamdit.pyfunc",
             data_path=str(data),
             signature=_signature(),
@@ -355,18 +374,23 @@ def _teacher_tags(client: Any, config: StreamDiTConfig) -> dict[str, str]:
     return tags
 
 
-def _run_of(client: Any, config: StreamDiTConfig) -> str | None:
-    """The run that made the model, if this store knows it."""
-    from mlflow.exceptions import MlflowException
+@contextmanager
+def _run_for(client: Any, experiment_id: str, config: StreamDiTConfig, name: str) -> Iterator[str]:
+    """Id of the run that a version belongs to: the one that made the model, if this store has it.
 
-    run_id = config.lineage.get("run_id")
-    if not run_id:
-        return None
+    That one stays as it ended. Otherwise a run is made for the registration alone.
+    """
+    made_by = config.lineage.get("run_id")
+    if made_by and not is_gone(client, made_by):
+        yield str(made_by)
+        return
+    own = str(client.create_run(experiment_id, run_name=f"register-{name}").info.run_id)
     try:
-        client.get_run(run_id)
-    except MlflowException:
-        return None
-    return str(run_id)
+        yield own
+    except BaseException:
+        client.set_terminated(own, "FAILED")
+        raise
+    client.set_terminated(own, "FINISHED")
 
 
 def _input_example(prompt: str | None) -> Any:

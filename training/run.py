@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +16,7 @@ from training.checkpoint import CheckpointFacts, load_checkpoint, save_checkpoin
 from training.data import Batch, LatentDataset
 from training.ema import ExponentialMovingAverage
 from training.engine import World, set_learning_rate
-from training.failures import SkippedSteps, memory_errors
+from training.failures import VALIDATING, SkippedSteps, memory_errors
 from training.job import TrainJob
 from training.loader import BatchLoader
 from training.means import Means
@@ -81,7 +81,7 @@ class Run:
         facts = load_checkpoint(
             self.checkpoints, engine, ema, world, config.zero_stage, self.fingerprint
         )
-        self.step = facts.step if facts else 0
+        self.step = self.saved_step = facts.step if facts else 0
         self.skipped = SkippedSteps(
             Path(job.out) / "skipped",
             config.skip_limit,
@@ -114,9 +114,9 @@ class Run:
         config = self.config
         meter = self._meter()
         if self._validation_was_cut_off():
-            self._validate()
+            self._validate_unless_stopped(stop)
         waiting = time.perf_counter()
-        for batches in self.loader.steps(self.step, config.steps, self.world.device):
+        for batches in self._batches():
             started = time.perf_counter()
             waited = started - waiting
             with memory_errors(config, self.engine.module, batches, self.world):
@@ -132,10 +132,35 @@ class Run:
             if stopping or self._due(config.checkpoint.every):
                 self._save()
             if stopping:
-                raise Interrupted(f"stopped at step {self.step}; the same command continues")
+                raise self._interrupted()
             if self._due(config.validation.every):
-                self._validate()
+                self._validate_unless_stopped(stop)
             waiting = time.perf_counter()
+
+    def _batches(self) -> Iterator[list[Batch]]:
+        """Micro-batches of each step that is left; to read ahead takes memory too."""
+        steps = iter(self.loader.steps(self.step, self.config.steps, self.world.device))
+        while True:
+            with memory_errors(self.config, self.engine.module, (), self.world, "reading"):
+                batches = next(steps, None)
+            if batches is None:
+                return
+            yield batches
+
+    def _interrupted(self) -> Interrupted:
+        return Interrupted(f"stopped at step {self.step}; the same command continues")
+
+    def _validate_unless_stopped(self, stop: StopRequest) -> None:
+        """Validate, or leave it to who continues: who asks to stop may not wait for it.
+
+        Raises:
+            Interrupted: after a request to stop, once a checkpoint is written.
+        """
+        if self._validate(stop):
+            return
+        if self.saved_step != self.step:
+            self._save()
+        raise self._interrupted()
 
     def _due(self, every: int) -> bool:
         """Whether something that is done every so many steps, and after the last, is to be done."""
@@ -194,47 +219,66 @@ class Run:
             means.add({"loss": Mean(loss * clips, torch.full_like(loss, clips)), **more()})
         figures = means.reduce(self.world) | {
             "epoch": self.loader.order.epoch(self.step - 1),
-            "learning_rate": learning_rate(config.optimizer, self.step - 1, config.steps),
+            "learning_rate": self.engine.optimizer.param_groups[0]["lr"],
             "gradient_norm": float(self.engine.get_global_grad_norm() or 0.0),
             "skipped_steps": self.skipped.count,
             **meter.flush(config.steps - self.step),
         }
+        # Of the rank that waits or takes most: the others wait for it in what looks like work.
+        worst = {name: figures[name] for name in ("data_wait_share", "peak_memory_gib")}
+        for name in worst:
+            figures[name] = max(found[name] for found in self.world.gather(worst))
         self.records.write(self.step, figures)
 
-    def _validate(self) -> None:
-        """Held-out loss and videos of the averaged weights, and the loss of the last ones."""
+    def _validate(self, stop: StopRequest) -> bool:
+        """Held-out loss and videos of the averaged weights, and the loss of the last ones.
+
+        Returns:
+            Whether it is done; False if a request to stop broke it off, and nothing is recorded.
+        """
         if not len(self.held_out):
-            return
-        settings, figures = self.config.validation, {}
-        with memory_errors(self.config, self.engine.module, (), self.world, validating=True):
+            return True
+        settings, done = self.config.validation, True
+        figures: dict[str, float] = {}
+        with memory_errors(self.config, self.engine.module, (), self.world, VALIDATING):
             self.engine.eval()
             if self.config.ema_decay and settings.samples:
-                figures |= {f"{name}_raw": loss for name, loss in self._held_out_figures().items()}
+                done = self._add_held_out_figures(figures, stop, "_raw")
             with self.ema.model_averaged() if self.config.ema_decay else nullcontext():
-                if settings.samples:
-                    figures |= self._held_out_figures()
-                if settings.videos:
-                    self._sample_videos(settings.videos)
+                if done and settings.samples:
+                    done = self._add_held_out_figures(figures, stop)
+                if done and settings.videos:
+                    done = self._sample_videos(settings.videos, stop)
         self.engine.train()
-        if figures:
+        if done and figures:
             self.records.write(self.step, figures)
+        return done
 
-    def _held_out_figures(self) -> dict[str, float]:
-        figures = validate(
+    def _add_held_out_figures(
+        self, figures: dict[str, float], stop: StopRequest, suffix: str = ""
+    ) -> bool:
+        """Add the figures of held-out clips, if no request to stop breaks it off."""
+        found = validate(
             self.engine,
             self.objective,
             self.held_out,
             self.held_out_loader,
             self.config.validation.samples,
             self.world,
+            stop,
         )
-        return {f"validation_{name}": value for name, value in figures.items()}
+        if found is not None:
+            figures.update({f"validation_{name}{suffix}": v for name, v in found.items()})
+        return found is not None
 
-    def _sample_videos(self, count: int) -> None:
+    def _sample_videos(self, count: int, stop: StopRequest) -> bool:
+        """Make videos, if no request to stop breaks it off."""
         name = f"samples/step-{self.step:08d}"
         folder = Path(self.job.out) / name
-        sample_videos(self.engine, self.job, self.held_out, count, folder, self.world)
-        self.records.artifact(folder, name)
+        done = sample_videos(self.engine, self.job, self.held_out, count, folder, self.world, stop)
+        if done:
+            self.records.artifact(folder, name)
+        return done
 
     def _save(self) -> None:
         facts = CheckpointFacts(
@@ -247,12 +291,14 @@ class Run:
             skipped_steps=self.skipped.count,
             skipped_in_a_row=self.skipped.in_a_row,
         )
-        folder = save_checkpoint(
-            self.checkpoints,
-            self.engine,
-            self.ema,
-            facts,
-            self.world,
-            self.config.checkpoint,
-        )
+        with memory_errors(self.config, self.engine.module, (), self.world, "saving"):
+            folder = save_checkpoint(
+                self.checkpoints,
+                self.engine,
+                self.ema,
+                facts,
+                self.world,
+                self.config.checkpoint,
+            )
+        self.saved_step = self.step
         self.records.tag("checkpoint", str(folder))

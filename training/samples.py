@@ -18,6 +18,8 @@ from streamdit.text.base import TextStates
 from training.data import LatentDataset
 from training.engine import World
 from training.job import TrainJob
+from training.stop import StopRequest
+from training.validation import first_of_each_bucket
 
 
 @torch.no_grad()
@@ -28,7 +30,8 @@ def sample_videos(
     count: int,
     folder: Path,
     world: World,
-) -> None:
+    stop: StopRequest,
+) -> bool:
     """Stream one buffer's length of video for the first captions; every rank takes part.
 
     The n-th video always has the same caption and noise, so videos of two steps compare. Written
@@ -41,21 +44,32 @@ def sample_videos(
         count: videos of all ranks together (fewer if there are fewer clips).
         folder: where they are written.
         world: this process.
+        stop: looked at before each step.
+
+    Returns:
+        Whether all were made; False if a request to stop broke it off.
     """
-    clips = [int(clip) for bucket in sorted(dataset.buckets) for clip in dataset.buckets[bucket]]
-    clips = clips[:count]
+    clips = first_of_each_bucket(dataset, count)
     with dataset.autoencoder_source() as source:
         autoencoder = load_autoencoder(source, world.device)
-    fps = dataset.manifest.buckets[0].fps
+    rates = {
+        clip: bucket.fps
+        for bucket in dataset.manifest.buckets
+        for clip in dataset.buckets.get(bucket.name, ())
+    }
     folder.mkdir(parents=True, exist_ok=True)
     # Every rank makes the same number of forward passes, which ZeRO-3 needs; a rank that has run
     # out of clips repeats one without keeping it.
     for start in range(0, len(clips), world.size):
         index = min(start + world.rank, len(clips) - 1)
-        clip_id, frames = _stream(student, job, dataset, clips[index], index, autoencoder, world)
+        made = _stream(student, job, dataset, clips[index], index, autoencoder, world, stop)
+        if made is None:
+            return False
+        clip_id, frames = made
         if start + world.rank < len(clips):
-            write_gif(folder / f"{index:02d}-{clip_id}.gif", frames, fps)
+            write_gif(folder / f"{index:02d}-{clip_id}.gif", frames, rates[clips[index]])
     world.barrier()
+    return True
 
 
 def _stream(
@@ -66,8 +80,9 @@ def _stream(
     seed: int,
     autoencoder: Autoencoder,
     world: World,
-) -> tuple[str, np.ndarray]:
-    """Clip id, and frames uint8 `[n, H, W, 3]` streamed for its caption."""
+    stop: StopRequest,
+) -> tuple[str, np.ndarray] | None:
+    """Clip id, and frames uint8 `[n, H, W, 3]` streamed for its caption; None if broken off."""
     sampling, buffer_frames = job.sampling, job.model.buffer_frames
     sample = dataset.sample(clip, buffer_frames, torch.Generator().manual_seed(seed))
     denoiser = Denoiser(
@@ -85,6 +100,8 @@ def _stream(
     decoder = ChunkDecoder(autoencoder, world.device)
     pictures, made = [], 0
     while made < buffer_frames:
+        if stop.asked():
+            return None
         latents = denoiser.step()
         if latents is not None:
             made += latents.shape[1]

@@ -62,7 +62,7 @@ class StopRequest:
 
     def _note(self, signum: int, frame: Any) -> None:
         if not self.requested:
-            logger.warning("rank %d was asked to stop; saving after this step", self.world.rank)
+            logger.warning("rank %d was asked to stop; it ends what must be whole", self.world.rank)
         self.requested = True
 
     def ask(self) -> None:
@@ -73,6 +73,11 @@ class StopRequest:
             group = self.world.control
             work = dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=group, async_op=True)
         self._vote = work, flag
+
+    def asked(self) -> bool:
+        """Whether any rank was asked by now; every rank calls this, and waits for the others."""
+        self.ask()
+        return self.agreed()
 
     def agreed(self) -> bool:
         """Whether any rank had been asked by the last :meth:`ask`; the same on every rank."""

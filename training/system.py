@@ -23,7 +23,7 @@ def system_metrics(
     config: TrackingConfig,
     world: World,
     run_id: str | None,
-    out: Path,
+    outbox: Callable[[str], Path],
     step: Callable[[], int],
     find_run: Callable[[], str | None],
 ) -> Iterator[None]:
@@ -35,7 +35,7 @@ def system_metrics(
         config: store, and seconds between samples.
         world: this process.
         run_id: the MLflow run, on the main rank; None if it is not made yet.
-        out: directory of the run, for what cannot be sent.
+        outbox: file of a machine by its name, for what cannot be sent.
         step: training step that a sample belongs to.
         find_run: looks for a run that is made later.
     """
@@ -46,8 +46,8 @@ def system_metrics(
     if not (config.system_every_s and leads):
         yield
         return
-    outbox = out / f"mlflow-outbox-{machine}.jsonl"
-    tracker = Tracker(make_client(config), run_id, outbox, partial(_made_run, find_run))
+    make = partial(_made_run, find_run)
+    tracker = Tracker(make_client(config), run_id, outbox(machine), make)
     done = threading.Event()
 
     def sample() -> None:

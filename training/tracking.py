@@ -183,7 +183,7 @@ class Tracker:
         """
         if run_id is not None:
             client = make_client(config)
-            if not _is_gone(client, run_id):
+            if not is_gone(client, run_id):
                 tracker = cls(client, run_id, outbox)
                 tracker._status("RUNNING")
                 return tracker
@@ -342,7 +342,7 @@ def _metrics_in_a_row(calls: list[Call]) -> int:
     return count
 
 
-def _is_gone(client: Any, run_id: str) -> bool:
+def is_gone(client: Any, run_id: str) -> bool:
     """Whether the store says that there is no such run (any more)."""
     from mlflow.exceptions import MlflowException
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 
 from streamdit.flow import VelocityFunction
@@ -11,8 +13,16 @@ from training.loader import BatchLoader
 from training.means import Means
 from training.objective import Objective, stack_draws
 from training.order import sample_generator
+from training.stop import StopRequest
 
 VALIDATION_SEED = 1_000_003
+
+
+def first_of_each_bucket(dataset: LatentDataset, count: int) -> list[int]:
+    """The first `count` clips, taken from the buckets in turn; the same at every call."""
+    buckets = [dataset.buckets[name] for name in sorted(dataset.buckets)]
+    turns = itertools.zip_longest(*buckets)
+    return [int(clip) for turn in turns for clip in turn if clip is not None][:count]
 
 
 @torch.no_grad()
@@ -23,7 +33,8 @@ def validate(
     loader: BatchLoader,
     samples: int,
     world: World,
-) -> dict[str, float]:
+    stop: StopRequest,
+) -> dict[str, float] | None:
     """Mean loss and figures over the first `samples` held-out clips; every rank takes part.
 
     Args:
@@ -33,13 +44,18 @@ def validate(
         loader: gives the micro-batch size.
         samples: clips of all ranks together.
         world: this process.
+        stop: looked at before each clip.
+
+    Returns:
+        The figures; None if a request to stop broke it off.
     """
-    clips = [clip for bucket in sorted(dataset.buckets) for clip in dataset.buckets[bucket]]
-    clips = clips[:samples]
+    clips = first_of_each_bucket(dataset, samples)
     figures = Means()
     # Every rank makes the same number of forward passes, which ZeRO-3 needs; a rank that has run
     # out of clips repeats one without counting it.
     for start in range(0, len(clips), world.size):
+        if stop.asked():
+            return None
         index = min(start + world.rank, len(clips) - 1)
         batch = loader.collate(clips, [index], step=VALIDATION_SEED).to(world.device)
         generator = sample_generator(VALIDATION_SEED, 0, index, "draws")

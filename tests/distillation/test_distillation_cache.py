@@ -21,6 +21,7 @@ from distillation.teacher import load_teacher
 from jobs.distill import distillation_job, teacher_plan
 from jobs.rollouts import RolloutActor, make_rollouts, plan_units
 from jobs.runtime import ray_runtime
+from pipeline.lock import writing
 from pipeline.store import open_store
 from streamdit.errors import UserError
 from streamdit.io import load_model, read_model_config
@@ -343,3 +344,29 @@ def test_job_takes_the_rollouts_along(folder, rollouts_dir):
     job = distillation_job(config, folder / "data", folder / "model", folder / "out")
     objective = job.make_objective(job, torch.device("cpu"))
     assert isinstance(objective.source, CachedRollouts)
+
+
+def test_one_command_at_a_time_makes_rollouts_in_a_folder(folder, tmp_path):
+    busy = pytest.raises(UserError, match="streamdit rollouts")
+    with writing(tmp_path, "streamdit rollouts", print), busy:
+        make_rollouts(folder / "data", folder / "model", tmp_path, settings(), 1)
+    assert not list(tmp_path.glob("*.parquet"))
+
+
+@pytest.mark.timeout(120)
+def test_a_cluster_without_room_for_any_actor_is_said_and_waited_for(
+    folder, one_cpu, tmp_path, monkeypatch
+):
+    class Told(Exception):
+        pass
+
+    def tell(text):
+        raise Told(text)
+
+    monkeypatch.setattr("jobs.rollouts.PATIENCE_S", 0.2)
+    monkeypatch.setattr("jobs.rollouts.say", tell)
+    wide = settings(launch={"workers": 2, "cpus_per_worker": 2})
+    with pytest.raises(
+        Told, match="none of 2 actors has started yet: the cluster has 1 CPU, 0 GPU"
+    ):
+        make_rollouts(folder / "data", folder / "model", tmp_path / "out", wide, 1)

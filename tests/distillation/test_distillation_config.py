@@ -116,3 +116,20 @@ def test_a_student_is_no_teacher(folder, tmp_path):
     student = write_model_directory(tmp_path, distilled=job.distilled, sampling=job.sampling)
     with pytest.raises(UserError, match="is distilled already"):
         distillation_job(settings(), folder / "data", student, folder / "out")
+
+
+def test_weights_of_segments_are_weights():
+    for weights in ((0.0, 0.0), (1.0, -0.5), ()):
+        with pytest.raises(ValidationError, match="weights of segments are not negative"):
+            settings(segment_weights=weights)
+    assert settings(segment_weights=(0.0, 2.0)).segment_weights == (0.0, 2.0)
+
+
+def test_a_run_goes_on_with_its_teacher_placed_otherwise(folder, tmp_path):
+    def fingerprint(**teacher):
+        config = settings(teacher={"chunk_frames": 1, "micro_steps": 2, **teacher})
+        out = tmp_path / "out"
+        return distillation_job(config, folder / "data", folder / "model", out).fingerprint()
+
+    assert fingerprint() == fingerprint(placement="sharded")
+    assert fingerprint() != fingerprint(guidance_scale=1.5)

@@ -393,3 +393,29 @@ def test_extra_forwards_are_those_that_are_made(shares, w):
         objective(student, batch_of(torch.randn(4, *SHAPE)), draws)
         made = evaluated["teacher"] + evaluated["student"] - 4
         assert objective.extra_forwards(draws) == made > 0
+
+
+@pytest.mark.parametrize("drift", [None, DriftConfig(student=((0.0, 1.0),), chunks=2)])
+def test_nothing_flows_into_the_teacher_nor_through_the_streams_that_made_the_buffers(drift):
+    """The gradient is that of the last evaluation alone, from a start that is given."""
+    scheme = PartitionScheme(K=0, N=4, c=2, s=2)
+    factor = torch.tensor(1.2, requires_grad=True)
+    slope = torch.tensor(0.1, requires_grad=True)
+    seen = []
+
+    def student(x, tau, text):
+        seen.append((x, tau))
+        return slope * x
+
+    objective = distillation(
+        lambda x, tau, text: factor * gaussian_teacher(x, tau, text), scheme, drift=drift
+    )
+    draws = draws_for(objective, 6, progress=0.5)
+    loss, _ = objective(student, batch_of(torch.randn(6, *SHAPE)), draws)
+    loss.backward()
+    assert factor.grad is None
+    start = seen[-1][0]
+    assert not start.requires_grad
+    assert (len(seen) > 1) == (drift is not None)
+    rollout = objective.source(student, batch_of(torch.randn(6, *SHAPE)), draws)
+    assert not rollout.target.requires_grad

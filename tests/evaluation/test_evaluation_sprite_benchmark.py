@@ -5,7 +5,13 @@ import xml.etree.ElementTree as ElementTree
 import numpy as np
 import pytest
 
-from evaluation.intervals import difference_interval, interval, share_interval, wilson_half
+from evaluation.intervals import (
+    difference_interval,
+    interval,
+    share_interval,
+    student_t,
+    wilson_half,
+)
 from evaluation.sprite_benchmark import (
     AXES,
     SystemFigures,
@@ -153,3 +159,10 @@ def test_plot_names_systems_and_axes_and_ends_its_bars_at_a_hundred(tmp_path):
     assert {"full teacher", "few", "student", *AXES, "buffer lengths after the start"} <= texts
     again = plot(systems, tmp_path / "again.svg")
     assert again.read_bytes() == (tmp_path / "report.svg").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("freedom", "expected"), [(1, 12.706), (10, 2.228), (11, 2.201), (15, 2.131), (60, 2.000)]
+)
+def test_students_t_is_that_of_the_tables(freedom, expected):
+    assert student_t(freedom) == pytest.approx(expected, abs=1.5e-3)

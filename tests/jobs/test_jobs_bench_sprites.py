@@ -2,11 +2,15 @@
 
 import json
 
+import numpy as np
 import pytest
 from model_directory import write_model_directory
 from typer.testing import CliRunner
 
+from evaluation.sprites import SpriteWorldConfig
 from jobs.cli import app
+from jobs.config import load_config
+from jobs.sprite_bench import SpriteBenchConfig, _scores, _stage_settings, measure
 from jobs.sprite_systems import plan_systems
 from streamdit.config import DistillationRecord, DistilledScheme, SamplingConfig
 from streamdit.errors import UserError
@@ -25,7 +29,7 @@ def models(tmp_path_factory):
     return write_pair(tmp_path_factory.mktemp("models"))
 
 
-def write_pair(folder, **changes):
+def write_pair(folder, micro_steps=3, **changes):
     for name in ("teacher", "student"):
         (folder / name).mkdir()
     teacher = write_model_directory(folder / "teacher")
@@ -33,7 +37,7 @@ def write_pair(folder, **changes):
         schemes=(DistilledScheme(chunk_frames=1),),
         starts=("text-to-video",),
         teacher_sha256=read_model_config(teacher).weights_sha256,
-        teacher_micro_steps=3,
+        teacher_micro_steps=micro_steps,
         teacher_guidance_scale=2.0,
         **changes,
     )
@@ -132,3 +136,65 @@ def test_models_are_made_where_none_are_given(tmp_path):
     assert len(record["stage_seconds"]) == 6
     text = (tmp_path / "bench" / "report.md").read_text()
     assert "Making the models, from the world to the last student, took " in text
+
+
+def test_seeds_whose_models_are_sampled_otherwise_are_refused_before_anything_is_made(
+    models, tmp_path
+):
+    other = write_pair(tmp_path, micro_steps=2)
+    pairs = ("--teacher", models[0], "--student", models[1])
+    pairs += ("--teacher", other[0], "--student", other[1])
+    result = run("bench", "sprites", "seeds=2", *pairs, "--out", tmp_path / "out")
+    assert result.exit_code == 2
+    assert "seed 1 must be distilled as the first, or measured apart" in result.output
+    assert not (tmp_path / "out" / "videos").exists()
+    result = run("bench", "sprites", "drift_buffers=[]", *pairs, "--out", tmp_path / "out")
+    assert result.exit_code == 2
+    assert "drift_buffers" in result.output
+
+
+def test_every_system_is_compared_with_the_full_teacher_and_read_again_later(
+    models, tmp_path, monkeypatch
+):
+    """Videos are made up: which system, seed and frame they are is written into their pixels."""
+    bench = SpriteBenchConfig(prompts=2, frames=8, drift_prompts=1, drift_buffers=(1, 3), seeds=2)
+    systems = plan_systems(*models)
+    buffer = 4 * 4  # four latent frames of four
+
+    def made_up(system, seed, prompts, frames, out):
+        number = [one.label for one in systems].index(system.label)
+        values = 100 * number + 10 * seed + np.arange(frames) // buffer
+        return np.broadcast_to(values[None, :, None], (len(prompts), frames, 1))
+
+    compared, read = [], []
+
+    def agreement(made, other, fps):
+        compared.append((int(made[0, 0, 0]), int(other[0, 0, 0])))
+        return [1.0] * len(made)
+
+    def marks(videos, prompts, fps):
+        read.append((int(videos[0, 0, 0]), videos.shape[1]))
+        return {"colour": [int(videos[0, 0, 0]) >= 200] * len(videos)}
+
+    monkeypatch.setattr("jobs.sprite_bench._videos", made_up)
+    monkeypatch.setattr("jobs.sprite_bench.agreement_marks", agreement)
+    monkeypatch.setattr("jobs.sprite_bench.marks_by_axis", marks)
+    monkeypatch.setattr("jobs.sprite_bench.background_flicker", lambda made: 0.125)
+    costs = {system.label: (8.0 + place, [0.5]) for place, system in enumerate(systems)}
+    monkeypatch.setattr("jobs.sprite_bench.stream_costs", lambda *_: costs)
+    figures = measure([systems, systems], bench, SpriteWorldConfig(), tmp_path)
+    # Of each system both seeds, each beside the full teacher's of the same seed.
+    assert compared == [(0, 0), (10, 10), (100, 0), (110, 10), (200, 0), (210, 10)]
+    later = [value for value, frames in read if frames == 8 and value % 10 in (1, 3)]
+    assert later == [1, 11, 3, 13, 101, 111, 103, 113, 201, 211, 203, 213]
+    assert [one.wall_per_second for one in figures] == [[0.5]] * 3
+    assert [one.evaluations_per_second for one in figures] == [8.0, 9.0, 10.0]
+    assert _scores(figures[-1]) == {"colour": 1.0, "same_as_teacher": 1.0, "flicker": 0.125}
+
+
+def test_settings_for_a_gpu_are_settings():
+    bench = load_config(SpriteBenchConfig, stage="bench", preset="large")
+    assert bench.drift_prompts == 32
+    stages = _stage_settings(bench, (), ())
+    assert stages.train.model.width == 384
+    assert stages.distill.launch.use_gpu

@@ -18,7 +18,15 @@ from latent_dataset import train_settings, write_dataset
 from training_runs import losses, tiny_job, train
 
 from jobs.errors import Stopped
-from jobs.launch import NewLines, _check_nodes, _torch_config, follow, launch, lost_worker
+from jobs.launch import (
+    NewLines,
+    _check_nodes,
+    _end_at_user_errors,
+    _torch_config,
+    follow,
+    launch,
+    lost_worker,
+)
 from jobs.runtime import ray_runtime
 from streamdit.errors import UserError
 from training.checkpoint import find_checkpoints, read_facts
@@ -27,7 +35,9 @@ from training.job import TrainJob
 from training.loop import train_loop
 from training.metrics import MetricsFile, read_metrics
 from training.objective import make_flow_matching
+from training.records import outbox_path
 from training.run import Run
+from training.stop import Interrupted
 
 
 def telling_objective(folder, job, device):
@@ -196,7 +206,11 @@ def test_records_that_a_finished_run_left_behind_are_sent_by_the_same_command(
 
     dataset, out = write_dataset(tmp_path / "dataset"), tmp_path / "run"
     train(dataset, out, steps=1)
-    outboxes = [out / "mlflow-outbox.jsonl", out / "mlflow-outbox-gpu-7.jsonl"]
+    mine = tiny_job(dataset, out, steps=1)
+    outboxes = [outbox_path(mine), outbox_path(mine, "gpu-7")]
+    # Of an earlier run in the same directory: no record of it goes into this one's.
+    other = outbox_path(tiny_job(dataset, out, steps=2))
+    other.write_text(json.dumps({"kind": "tag", "key": "dataset", "value": "another"}) + "\n")
     for number, outbox in enumerate(outboxes):
         record = {"kind": "metrics", "values": [[f"late_{number}", 1.5 + number, 1000, 1]]}
         outbox.write_text(json.dumps(record) + "\n")
@@ -216,6 +230,8 @@ def test_records_that_a_finished_run_left_behind_are_sent_by_the_same_command(
     assert (found.data.metrics["late_0"], found.data.metrics["late_1"]) == (1.5, 2.5)
     assert found.info.status == "FINISHED"
     assert not any(outbox.exists() for outbox in outboxes)
+    assert other.exists()
+    assert found.data.tags["dataset"] == str(dataset)
 
 
 def test_a_stage_that_begins_and_ends_without_its_store_is_recorded_later(tmp_path, monkeypatch):
@@ -316,3 +332,28 @@ def test_workers_without_gpus_see_none(monkeypatch, use_gpu, seen):
     config.backend_cls().on_start(Group(), config)
     assert made == [config]
     assert os.environ["CUDA_VISIBLE_DEVICES"] == seen
+
+
+def test_mistakes_that_a_worker_finds_end_the_run_and_other_errors_are_left_to_ray():
+    callback = _end_at_user_errors()
+    callback.after_exception(None, {0: RuntimeError("reset"), 1: Interrupted("asked")})
+    with pytest.raises(UserError, match="no such shard"):
+        callback.after_exception(None, {0: RuntimeError("reset"), 1: UserError("no such shard")})
+
+
+def mistaken_objective(folder, job, device):
+    """An objective that is refused, and counts how often it was asked for."""
+    mark = Path(folder) / "asked"
+    mark.write_text(mark.read_text() + "x" if mark.exists() else "x")
+    raise UserError("the objective is refused")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_run_with_a_mistake_is_not_begun_again(tmp_path, monkeypatch):
+    paths = [Path(__file__).parents[2], Path(__file__).parents[1], Path(__file__).parent]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(map(str, paths)))
+    job = job_of(tmp_path, mistaken_objective, workers=1, max_failures=3)
+    with ray_runtime(), pytest.raises(UserError, match=r"^the objective is refused$"):
+        launch(job)
+    assert (tmp_path / "asked").read_text() == "x"

@@ -414,3 +414,17 @@ def test_configuration_without_text_to_video_is_refused(tmp_path):
         TrainConfig.model_validate(settings)
     sampling = settings["sampling"] | {"start": "ramp"}
     assert TrainConfig.model_validate(settings | {"sampling": sampling}).sampling.start == "ramp"
+
+
+def test_few_steps_follow_a_guide_for_one_at_least_and_leave_it_for_one():
+    latents = torch.zeros(1, 1, 1, 1, 1)
+    steps = {s: Guide(latents, s).followed_steps(8) for s in (0.0, 0.01, 0.5, 0.99, 1.0)}
+    assert steps == {0.0: 8, 0.01: 7, 0.5: 4, 0.99: 1, 1.0: 0}
+    assert [Guide(latents, s).followed_steps(1) for s in (0.0, 0.4, 0.6, 1.0)] == [1, 1, 0, 0]
+
+
+def test_frames_to_continue_are_kept_to_the_last_one(model):
+    frames = video(4 * 3 + 3)
+    assert torch.equal(model.latents(frames), model.latents(frames[3:]))
+    guide = model.guide(frames, strength=0.5)
+    assert torch.equal(guide.latents, model.latents(frames[:-3]))

@@ -14,12 +14,15 @@ from training_runs import losses, tiny_job, train
 
 from streamdit.errors import UserError
 from training.checkpoint import find_checkpoints
+from training.export import export_checkpoint
 from training.failures import is_out_of_memory
 from training.loop import train_loop
 from training.metrics import read_metrics
 from training.objective import FlowMatching
 from training.run import Run
+from training.samples import sample_videos
 from training.stop import Interrupted, in_main_thread
+from training.validation import validate
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +79,26 @@ def test_many_such_steps_in_a_row_stop_the_run_with_the_clips_named(
     assert len(list((tmp_path / "out" / "skipped").iterdir())) == 4
     newest = find_checkpoints(tmp_path / "out" / "checkpoints")[0]
     assert newest.name == "step-00000003"
+
+
+def test_a_larger_limit_goes_on_past_such_steps_as_the_message_says(
+    dataset_dir, tmp_path, monkeypatch
+):
+    off, out = {"samples": 0}, tmp_path / "out"
+    with monkeypatch.context() as spoilt:
+        spoil(spoilt, {4, 5}, float("nan"))
+        with pytest.raises(UserError, match="the same command with a larger skip_limit"):
+            train(dataset_dir, out, skip_limit=2, validation=off)
+    spoil(monkeypatch, {1, 2}, float("nan"))  # steps 4 and 5, made again
+    train(dataset_dir, out, skip_limit=3, validation=off)
+    assert [row["skipped_steps"] for row in read_metrics(out / "metrics.jsonl")] == [
+        0,
+        0,
+        0,
+        1,
+        2,
+        2,
+    ]
 
 
 def test_running_out_of_memory_is_one_line_with_sizes_and_remedies(
@@ -228,3 +251,64 @@ def test_a_call_is_run_in_the_main_thread_or_reported_late(monkeypatch):
 )
 def test_allocators_that_raise_plain_errors_are_understood(text, known):
     assert is_out_of_memory(RuntimeError(text)) is known
+
+
+@pytest.mark.parametrize("what", ["reading", "saving"])
+def test_memory_that_runs_out_between_steps_is_one_line_too(
+    dataset_dir, tmp_path, monkeypatch, what
+):
+    def allocate(*_, **__):
+        return torch.empty(1 << 50)
+
+    if what == "reading":
+        monkeypatch.setattr("training.loader.BatchLoader.collate", allocate)
+    else:
+        monkeypatch.setattr("training.run.save_checkpoint", allocate)
+    with pytest.raises(UserError, match=rf"^out of memory {what} on rank 0 \(cpu\): .* try "):
+        train(dataset_dir, tmp_path / "out", validation={"samples": 0})
+
+
+@pytest.mark.parametrize("during", ["validation", "videos"])
+@pytest.mark.parametrize("at", [2, 6])
+def test_a_request_to_stop_does_not_wait_for_a_validation(
+    dataset_dir, tmp_path, monkeypatch, during, at
+):
+    """What was not validated is so by whoever continues, and the figures are the same."""
+    validation = {"every": at, "samples": 2, "videos": 2}
+    train(dataset_dir, tmp_path / "straight", validation=validation)
+    name = {"validation": "training.run.validate", "videos": "training.run.sample_videos"}[during]
+    whole = {"validation": validate, "videos": sample_videos}[during]
+
+    def asked_to_stop(*arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return whole(*arguments)
+
+    out = tmp_path / "out"
+    with monkeypatch.context() as asked:
+        asked.setattr(name, asked_to_stop)
+        with pytest.raises(Interrupted, match=f"stopped at step {at}; the same command continues"):
+            train(dataset_dir, out, validation=validation)
+    assert find_checkpoints(out / "checkpoints")[0].name == f"step-{at:08d}"
+    assert not any("validation_loss" in row for row in read_metrics(out / "metrics.jsonl"))
+    train(dataset_dir, out, validation=validation)
+
+    def validated(folder):
+        rows = read_metrics(folder / "metrics.jsonl")
+        return [(row["step"], row["validation_loss"]) for row in rows if "validation_loss" in row]
+
+    assert validated(out) == validated(tmp_path / "straight")
+    assert losses(out) == losses(tmp_path / "straight")
+    videos = [len(list(f.glob(f"samples/step-{at:08d}/*"))) for f in (out, tmp_path / "straight")]
+    assert videos == [2, 2]
+
+
+def test_a_request_to_stop_while_the_model_is_written_lets_it_be_finished(
+    dataset_dir, tmp_path, monkeypatch
+):
+    def asked_to_stop(*arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return export_checkpoint(*arguments)
+
+    monkeypatch.setattr("training.loop.export_checkpoint", asked_to_stop)
+    train(dataset_dir, tmp_path / "out", validation={"samples": 0})
+    assert (tmp_path / "out" / "model" / "model.safetensors").is_file()

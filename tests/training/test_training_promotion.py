@@ -2,6 +2,8 @@
 
 import json
 import re
+from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 from model_directory import write_model_directory
@@ -10,12 +12,14 @@ from typer.testing import CliRunner
 
 import streamdit
 from jobs.cli import app
+from jobs.register import local_text_encoders
 from streamdit.config import DistillationRecord, DistilledScheme, SamplingConfig
 from streamdit.errors import UserError
 from streamdit.io import read_model_config, save_model_directory
 from training.config import TrackingConfig
 from training.registry import Promotion, find_registered, list_versions, register, version_tags
 from training.revision import git_revision
+from training.tracking import connect
 
 
 @pytest.fixture(scope="module")
@@ -198,3 +202,80 @@ def test_contradicting_options_are_one_line(folder):
         result = run("register", model, "--sample-frames", 0, *options)
         assert result.exit_code == 2
         assert message in result.output
+
+
+def test_configuration_other_than_the_registry_recorded_is_refused(folder, tracking):
+    registered = register(folder / "student" / "model", "tiny", "best", tracking)
+    (weights,) = (path for path in _artifacts(tracking) if path.name == "model.safetensors")
+    path = weights.with_name("config.json")
+    path.write_text(path.read_text().replace('"fps": 16.0', '"fps": 24.0'))
+    assert read_model_config(path.parent).fps == 24
+    with pytest.raises(UserError, match=r"holds config .* but the registry recorded"):
+        streamdit.load(registered.uri)
+
+
+def made_by(folder, name, run_id):
+    """A model directory whose lineage names a run."""
+    (folder / name).mkdir()
+    return write_model_directory(folder / name, lineage={"run_id": run_id})
+
+
+def test_run_that_made_the_model_stays_as_it_ended(tracking, tmp_path, monkeypatch):
+    client, experiment = connect(tracking)
+    ended = client.create_run(experiment, start_time=1000).info.run_id
+    client.set_terminated(ended, "KILLED", end_time=5000)
+    running = client.create_run(experiment).info.run_id
+    for name, run_id, status, end in (
+        ("ended", ended, "KILLED", 5000),
+        ("running", running, "RUNNING", None),
+    ):
+        register(made_by(tmp_path, name, run_id), name, "best", tracking)
+        info = client.get_run(run_id).info
+        assert (info.status, info.end_time) == (status, end)
+        assert client.get_model_version(name, "1").run_id == run_id
+        assert streamdit.load(f"models:/{name}@best")
+
+    def breaks(*_):
+        raise UserError("in the middle of it")
+
+    monkeypatch.setattr("training.registry.refuse_pickles", breaks)
+    with pytest.raises(UserError, match="in the middle"):
+        register(tmp_path / "ended" / "model", "again", None, tracking)
+    assert client.get_run(ended).info.status == "KILLED"
+
+
+def test_run_that_was_deleted_is_made_up_for(tracking, tmp_path):
+    client, experiment = connect(tracking)
+    gone = client.create_run(experiment).info.run_id
+    client.delete_run(gone)
+    register(made_by(tmp_path, "gone", gone), "tiny", "best", tracking)
+    own = client.get_run(client.get_model_version("tiny", "1").run_id).info
+    assert own.run_id != gone
+    assert (own.run_name, own.status) == ("register-tiny", "FINISHED")
+
+
+def test_command_moves_the_alias_only_on_improvement(folder, tmp_path):
+    scores = tmp_path / "scores.json"
+    model, store = folder / "teacher" / "model", tmp_path / "store"
+    command = ("register", model, "--sample-frames", 0, "--alias", "best", "--scores", scores)
+    for flicker, options, told in (
+        (0.5, (), "points to version 1"),
+        (0.7, (), "points to version 2 (flicker 0.7 is higher than 0.5 of version 1)"),
+        (0.6, (), "does not move to version 3 (flicker 0.6 is not higher than 0.7 of version 2)"),
+        (0.6, ("--lower-is-better",), "points to version 4 (flicker 0.6 is lower than 0.7"),
+    ):
+        scores.write_text(json.dumps({"flicker": flicker}))
+        result = run(*command, "--if-better", "flicker", *options, "--tracking-dir", store)
+        assert result.exit_code == 0, result.output
+        assert told in " ".join(result.output.split())
+
+
+def test_text_encoders_that_stay_behind_are_named(tmp_path):
+    from streamdit.config import TextEncoderConfig
+
+    near = TextEncoderConfig(name="a", kind="bytes", width=8, max_tokens=4)
+    far = TextEncoderConfig(name="b", kind="t5", source="google/ul2", width=8, max_tokens=4)
+    local = far.model_copy(update={"name": "c", "source": str(tmp_path)})
+    config = SimpleNamespace(text_encoders=(near, far, local))
+    with mock.patch("jobs.register.read_model_config", return_value=config):
+        assert local_text_encoders(tmp_path) == {"c": str(tmp_path)}

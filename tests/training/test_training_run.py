@@ -13,10 +13,11 @@ import pytest
 import torch
 from latent_dataset import train_settings, write_dataset
 from safetensors.torch import load_file
-from training_runs import losses, train, train_together
+from training_runs import losses, tiny_job, train, train_together
 
 from streamdit.errors import UserError
 from streamdit.io import load_model
+from streamdit.model import build_dit
 from training.checkpoint import find_checkpoints, read_facts
 from training.config import TrainConfig
 from training.metrics import read_metrics
@@ -193,3 +194,47 @@ def test_machines_are_watched_while_the_run_lasts(dataset_dir, tmp_path):
     assert steps == sorted(steps)
     assert set(steps) <= set(range(7))
     assert not list((tmp_path / "out").glob("mlflow-outbox*"))
+
+
+def test_figures_of_a_run_are_in_mlflow(dataset_dir, tmp_path):
+    from mlflow import MlflowClient
+
+    out = tmp_path / "out"
+    train(dataset_dir, out)
+    run_id = json.loads((out / "mlflow-run.json").read_text())["run_id"]
+    client = MlflowClient(f"sqlite:///{out}/mlflow/mlflow.db")
+    metrics = client.get_run(run_id).data.metrics
+    wanted = {"loss", "gradient_norm", "learning_rate", "samples_per_s", "data_wait_share"}
+    assert wanted | {"model_tflops_per_device", "peak_memory_gib", "eta_s"} <= set(metrics)
+    for part in ("loss_chunk_", "loss_segment_", "validation_loss_segment_"):
+        assert [name for name in metrics if name.startswith(part)]
+    rows = [row for row in read_metrics(out / "metrics.jsonl") if "loss" in row]
+    for name in ("loss", "gradient_norm"):
+        history = {m.step: m.value for m in client.get_metric_history(run_id, name)}
+        assert history == pytest.approx({row["step"]: row[name] for row in rows})
+        assert all(value > 0 for value in history.values())
+
+
+def test_learning_rate_and_clipping_reach_the_optimizer(dataset_dir, tmp_path):
+    """By what they do to the weights: Adam's first step is as long as its rate, if the gradient
+    is large beside epsilon."""
+    start = build_dit(tiny_job(dataset_dir, tmp_path / "x").model, 0).state_dict()
+
+    def change(name, **optimizer):
+        out = tmp_path / name
+        settings = {"learning_rate": 1e-3, "weight_decay": 0.0, **optimizer}
+        train(dataset_dir, out, steps=1, ema_decay=0.0, optimizer=settings)
+        (row,) = [row for row in read_metrics(out / "metrics.jsonl") if "loss" in row]
+        weights = load_file(out / "model" / "model.safetensors")
+        moved = torch.cat([(weights[key] - start[key]).flatten() for key in weights])
+        return moved.abs().max().item(), row["learning_rate"]
+
+    largest, logged = change("plain")
+    assert logged == 1e-3
+    assert largest == pytest.approx(1e-3, rel=0.05)
+    largest, logged = change("warm", warmup_steps=4)
+    assert logged == pytest.approx(2.5e-4)
+    assert largest == pytest.approx(2.5e-4, rel=0.05)
+    # Epsilon is 1e-8: gradients clipped to that norm move nothing as far as the rate.
+    largest, _ = change("clipped", gradient_clip=1e-9)
+    assert largest < 2e-4

@@ -1,6 +1,7 @@
 """Held-out loss: fixed draws, on the averaged weights, without touching the run."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from training.metrics import read_metrics
 from training.objective import make_flow_matching, stack_draws
 from training.order import BatchOrder, sample_generator
 from training.samples import write_gif
-from training.validation import VALIDATION_SEED
+from training.validation import VALIDATION_SEED, first_of_each_bucket
 
 
 @pytest.fixture(scope="module")
@@ -106,3 +107,9 @@ def test_videos_of_held_out_captions_are_those_of_the_exported_average(
             # Captions of a data set are kept in bfloat16; another video differs by about 60.
             assert np.abs(shown - wanted).mean() < 6
             assert np.abs(shown - picture).mean() < 20  # a GIF has 256 colours
+
+
+def test_clips_are_taken_from_the_buckets_in_turn():
+    dataset = SimpleNamespace(buckets={"b": [5, 6], "a": [1, 2, 3, 4], "c": [7]})
+    assert first_of_each_bucket(dataset, 6) == [1, 5, 7, 2, 6, 3]
+    assert first_of_each_bucket(dataset, 99) == [1, 5, 7, 2, 6, 3, 4]
