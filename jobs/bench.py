@@ -14,7 +14,7 @@ from rich.text import Text
 
 from jobs import bench_sprites
 from jobs.bench_facts import decoding_facts, decoding_of, headlines, stream_facts, training_facts
-from jobs.bench_rows import ROUNDS, SECONDS, Effort, Measured
+from jobs.bench_rows import ROUNDS, SECONDS, Effort, Measured, Save
 from jobs.bench_steps import measure_steps
 from jobs.bench_streams import measure_decoding, measure_streams
 from jobs.bench_subject import (
@@ -101,6 +101,20 @@ WithCompile = Annotated[
     bool | None,
     typer.Option("--compile/--no-compile", help="Add compiled variants; default: on CUDA."),
 ]
+Autotune = Annotated[
+    bool,
+    typer.Option(
+        "--autotune",
+        help="Add compiled steps whose kernels are tuned: many minutes for a large model.",
+    ),
+]
+CompiledDecoder = Annotated[
+    bool | None,
+    typer.Option(
+        "--compile-decoder/--no-compile-decoder",
+        help="Of these, the compiled decoder; default: as --compile.",
+    ),
+]
 JsonFile = Annotated[
     Path | None, typer.Option("--json", metavar="FILE", help="Also write every figure as JSON.")
 ]
@@ -126,6 +140,7 @@ def step(
     seconds: Seconds = None,
     sustained: Sustained = None,
     compiled: WithCompile = None,
+    autotune: Autotune = False,
     json_file: JsonFile = None,
 ) -> None:
     """Time a denoising step of a running stream.
@@ -135,8 +150,12 @@ def step(
     """
     subject = _subject(preset, model, device, dtype, None, text_tokens)
     facts = stream_facts(subject, preset, model)
-    effort = _effort(subject.device, rounds, sustained, compiled, seconds)
-    _write(_report("step", facts, measure_steps(subject, effort)), json_file)
+    effort = _effort(subject.device, rounds, sustained, compiled, seconds, autotune=autotune)
+
+    def save(measured: Measured) -> None:
+        _write(_figures("step", facts, measured), json_file)
+
+    _write(_report("step", facts, measure_steps(subject, effort, save)), json_file)
 
 
 @command.command("decode", cls=JobCommand)
@@ -148,6 +167,7 @@ def decode(
     rounds: Rounds = None,
     seconds: Seconds = None,
     compiled: WithCompile = None,
+    compiled_decoder: CompiledDecoder = None,
     json_file: JsonFile = None,
 ) -> None:
     """Time the decoding of a chunk; the transformer is not loaded."""
@@ -157,7 +177,7 @@ def decode(
     else:
         subject = preset_decoding(preset, autoencoder, chosen)
     facts = decoding_facts(subject, preset, model)
-    effort = _effort(chosen, rounds, 0.0, compiled, seconds)
+    effort = _effort(chosen, rounds, 0.0, compiled, seconds, compiled_decoder)
     _write(_report("decode", facts, measure_decoding(subject, effort)), json_file)
 
 
@@ -173,13 +193,21 @@ def stream(
     seconds: Seconds = None,
     sustained: Sustained = None,
     compiled: WithCompile = None,
+    compiled_decoder: CompiledDecoder = None,
+    autotune: Autotune = False,
     json_file: JsonFile = None,
 ) -> None:
     """Time whole chunks: denoising, decoding and the way to the host."""
     subject = _subject(preset, model, device, dtype, autoencoder, text_tokens)
     facts = stream_facts(subject, preset, model)
-    effort = _effort(subject.device, rounds, sustained, compiled, seconds)
-    _write(_report("stream", facts, measure_streams(subject, effort)), json_file)
+    effort = _effort(
+        subject.device, rounds, sustained, compiled, seconds, compiled_decoder, autotune
+    )
+
+    def save(measured: Measured) -> None:
+        _write(_figures("stream", facts, measured), json_file)
+
+    _write(_report("stream", facts, measure_streams(subject, effort, save=save)), json_file)
 
 
 @command.command("all", cls=JobCommand)
@@ -194,22 +222,31 @@ def everything(
     seconds: Seconds = None,
     sustained: Sustained = None,
     compiled: WithCompile = None,
+    compiled_decoder: CompiledDecoder = None,
+    autotune: Autotune = False,
     json_file: JsonFile = None,
 ) -> None:
     """Time steps, streams and decoding, one after the other.
 
     In one process, where blocks are compiled once for steps and streams; the streams run with the
-    step that was fastest. The JSON file is written anew after each, so that what is measured is
-    kept whatever happens next.
+    step that was fastest. The JSON file is written anew after each, and before what runs alone, so
+    that what is measured is kept whatever happens next.
     """
     subject = _subject(preset, model, device, dtype, autoencoder, text_tokens)
     facts = stream_facts(subject, preset, model)
-    effort = _effort(subject.device, rounds, sustained, compiled, seconds)
-    parts = {}
-    steps = measure_steps(subject, effort)
+    effort = _effort(
+        subject.device, rounds, sustained, compiled, seconds, compiled_decoder, autotune
+    )
+    parts: dict[str, Any] = {}
+
+    def saver(what: str) -> Save:
+        return lambda measured: _write(parts | {what: _figures(what, facts, measured)}, json_file)
+
+    steps = measure_steps(subject, effort, saver("step"))
     parts["step"] = _report("step", facts, steps)
     _write(parts, json_file)
-    parts["stream"] = _report("stream", facts, measure_streams(subject, effort, steps.fastest))
+    streams = measure_streams(subject, effort, steps.fastest, saver("stream"))
+    parts["stream"] = _report("stream", facts, streams)
     _write(parts, json_file)
     decoding = decoding_of(subject)
     decoded = measure_decoding(decoding, effort)
@@ -254,10 +291,14 @@ def _effort(
     sustained: float | None,
     compiled: bool | None,
     seconds: float | None,
+    compiled_decoder: bool | None = None,
+    autotune: bool = False,
 ) -> Effort:
     cuda = device.type == "cuda"
     alone = (20.0 if cuda else 0.0) if sustained is None else sustained
-    return Effort(rounds, alone, cuda if compiled is None else compiled, seconds)
+    compiled = cuda if compiled is None else compiled
+    decoder = compiled if compiled_decoder is None else compiled_decoder
+    return Effort(rounds, alone, compiled, seconds, decoder, autotune)
 
 
 def _report(what: str, facts: dict[str, Any], measured: Measured) -> dict[str, Any]:
@@ -272,6 +313,11 @@ def _report(what: str, facts: dict[str, Any], measured: Measured) -> dict[str, A
     if measured.ratios:
         ratios = ", ".join(f"{name} {ratio:.3g}" for name, ratio in measured.ratios.items())
         out.print(Text(f"medians over the rounds: {ratios}"))
+    return _figures(what, facts, measured)
+
+
+def _figures(what: str, facts: dict[str, Any], measured: Measured) -> dict[str, Any]:
+    """All that a table says, as plain values."""
     rows = [asdict(row) for row in measured.rows]
     return {"command": what, **facts, "ratios": measured.ratios, "rows": rows}
 

@@ -53,11 +53,13 @@ def decoding_facts(subject: DecodingSubject, preset: str, model: str | None) -> 
 
 def _place(device: torch.device) -> dict[str, Any]:
     """Where it runs."""
+    cuda = device.type == "cuda"
     return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
+        "device": torch.cuda.get_device_name(device) if cuda else "CPU",
         "machine": platform.machine(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
+        "cudnn": torch.backends.cudnn.version() if cuda else None,
     }
 
 
@@ -96,7 +98,8 @@ def headlines(facts: dict[str, Any]) -> list[str]:
     if device == "CPU":
         threads = facts["threads"]
         device = f"{threads} thread{'' if threads == 1 else 's'} of a CPU ({facts['machine']})"
-    lines = [f"device      {device}, PyTorch {facts['torch']}"]
+    cudnn = f", cuDNN {facts['cudnn']}" if facts["cudnn"] else ""
+    lines = [f"device      {device}, PyTorch {facts['torch']}{cudnn}"]
     if "batch" in facts:
         shape = "×".join(map(str, facts["latent"]))
         training = f"batch of {facts['batch']}, ZeRO {facts['zero_stage']}, AdamW"

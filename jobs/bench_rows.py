@@ -29,6 +29,9 @@ from streamdit.model.quantise import ERROR_BOUND
 CEILING = "matrix products alone"
 """Name of the bare matrix products that are timed beside the steps."""
 
+FLOAT8_CEILING = "e4m3 products alone"
+"""The same in e4m3, which only the float8 variant is measured against."""
+
 MOST_REASON = 160
 """Characters of why a variant failed."""
 
@@ -44,7 +47,9 @@ class Effort:
     Attributes:
         rounds: timed rounds; None: :data:`ROUNDS`, or as many as fit in the seconds.
         sustained: seconds for which the fastest variant runs alone at the end.
-        compiled: whether compiled variants are measured.
+        compiled: whether compiled steps are measured.
+        compiled_decoder: whether a compiled decoder is.
+        autotune: whether compiled steps are also tuned.
         seconds: after this time no further round begins; None: :data:`SECONDS`, or no limit where
             the rounds are given.
     """
@@ -53,6 +58,8 @@ class Effort:
     sustained: float = 0.0
     compiled: bool = False
     seconds: float | None = None
+    compiled_decoder: bool = False
+    autotune: bool = False
 
     @property
     def bounds(self) -> dict[str, Any]:
@@ -115,6 +122,14 @@ class Measured:
     fastest: str = PLAIN
 
 
+Save = Callable[[Measured], None]
+"""Takes what is measured so far: what comes next may fail, or be cut off."""
+
+
+def keep_nothing(measured: Measured) -> None:
+    """Where nobody wants figures before the end."""
+
+
 class Failures(dict[str, str]):
     """Variants at which a library or the device failed, and why: the others are measured."""
 
@@ -123,13 +138,15 @@ class Failures(dict[str, str]):
         """Note what goes wrong with a variant; plain, and what the user asked for, must work."""
         try:
             yield
-        except UserError:
-            raise
         except Exception as error:
-            if name == PLAIN:
-                raise
-            text = (str(error).strip() or "no message").splitlines()[0]
-            self[name] = f"{type(error).__name__}: {text}"[:MOST_REASON]
+            self.note(name, error)
+
+    def note(self, name: str, error: Exception) -> None:
+        """The same for an error that is there already."""
+        if isinstance(error, UserError) or name in (PLAIN, CEILING, FLOAT8_CEILING):
+            raise error
+        text = (str(error).strip() or "no message").splitlines()[0]
+        self[name] = f"{type(error).__name__}: {text}"[:MOST_REASON]
 
     def rows(self) -> list[Row]:
         """A row without times for each of them."""
@@ -161,19 +178,23 @@ def sustained_rows(
     if seconds <= 0:
         return []
     best = fastest_of(timings, [name for name in actions if name != FLOAT8])
-    rows = []
+    rows, failures = [], Failures()
     for name in (best, *(name for name in actions if name == FLOAT8)):
-        alone = sustain(actions[name], device, seconds)
+        title = f"{name}, alone {seconds:g} s"
+        with failures.allowed(title):
+            alone = sustain(actions[name], device, seconds)
+        if title in failures:
+            continue
         rows.append(
             Row(
-                variant=f"{name}, alone {seconds:g} s",
+                variant=title,
                 p50_ms=alone.percentile(50),
                 p95_ms=alone.percentile(95),
                 versus_plain=None,
                 fps=1e3 * frames / alone.mean,
             )
         )
-    return rows
+    return rows + failures.rows()
 
 
 def executed_flops(flops: dict[str, int], fast: FastConfig | None) -> int:

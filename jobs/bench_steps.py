@@ -9,12 +9,15 @@ import torch
 from jobs.bench_peer import OUR_BLOCK, PAIR, PEER_BLOCK, paired_blocks
 from jobs.bench_rows import (
     CEILING,
+    FLOAT8_CEILING,
     Effort,
     Failures,
     Measured,
+    Save,
     executed_flops,
     fastest_of,
     float8_verdict,
+    keep_nothing,
     layer_shapes,
     make_row,
     ratios_of,
@@ -38,22 +41,20 @@ from streamdit.loading import StreamingModel
 from streamdit.model.fast import FastConfig
 from streamdit.model.flops import count_flops
 
-FLOAT8_CEILING = "e4m3 products alone"
-"""The same in e4m3, which only the float8 variant is measured against."""
-
 FULL_ATTENTION = "plain, full attention"
 """The plain step of the same weights without windows."""
 
 
-def measure_steps(subject: StreamingModel, effort: Effort) -> Measured:
+def measure_steps(subject: StreamingModel, effort: Effort, save: Save = keep_nothing) -> Measured:
     """Time :meth:`Denoiser.step` of a running stream, variant by variant.
 
     Differences are those of the first step's change to the buffer, which is the velocity times a
-    constant. Beside the steps, one block of ours and of diffusers' are timed at equal dimensions.
+    constant. Beside the steps, one block of ours and of diffusers' are timed at equal dimensions,
+    and bare matrix products for about as long as a step's take.
     """
     device, sampling = subject.device, subject.config.sampling
     dtype = subject.model.patch_embedding.weight.dtype
-    variants = step_variants(effort.compiled, capability_of(device), dtype)
+    variants = step_variants(effort.compiled, capability_of(device), dtype, effort.autotune)
     runs: dict[str, tuple[StreamingModel, FastConfig | None]] = {
         name: (subject, fast) for name, fast in variants.items()
     }
@@ -65,9 +66,10 @@ def measure_steps(subject: StreamingModel, effort: Effort) -> Measured:
     variants = {name: fast for name, fast in variants.items() if name in denoisers}
     evaluations = 1 if sampling.guidance_scale == 1.0 else 2
     shapes = layer_shapes(subject.config.model, evaluations)
-    products = {CEILING: matmul_action(shapes, device, dtype)}
+    depth = subject.config.model.depth
+    products = {CEILING: matmul_action(shapes, device, dtype, repeats=depth)}
     if FLOAT8 in variants:
-        products[FLOAT8_CEILING] = float8_matmul_action(shapes, device)
+        products[FLOAT8_CEILING] = float8_matmul_action(shapes, device, repeats=depth)
     actions: dict[str, Callable[[], object]] = {
         **{name: denoiser.step for name, denoiser in denoisers.items()},
         **{name: action for name, (action, _) in products.items()},
@@ -77,7 +79,11 @@ def measure_steps(subject: StreamingModel, effort: Effort) -> Measured:
     for action, _ in products.values():
         action()  # warm, as the variants are
     with progress("step", unit="rounds") as on_progress:
-        timings = interleave(actions, device, on_progress=on_progress, **effort.bounds)
+        timings = interleave(
+            actions, device, on_progress=on_progress, on_error=failures.note, **effort.bounds
+        )
+    runs = {name: run for name, run in runs.items() if name in timings}
+    variants = {name: fast for name, fast in variants.items() if name in timings}
     ceilings = {name: count / timings[name].percentile(50) for name, (_, count) in products.items()}
     frames = subject.autoencoder.frames_for(subject.scheme().c, first=False) / subject.scheme().s
     bfloat16 = fastest_of(timings, [name for name in variants if name != FLOAT8])
@@ -108,17 +114,18 @@ def measure_steps(subject: StreamingModel, effort: Effort) -> Measured:
         make_row(name, timings, None, flops_per_second=1e3 * rate)
         for name, rate in ceilings.items()
     ]
+    ratios = ratios_of(timings, list(variants))
+    if FULL_ATTENTION in runs:
+        ratios["windows ÷ full attention"] = timings[PLAIN].ratio_to(timings[FULL_ATTENTION])
+    if set(PAIR) <= set(timings):
+        ratios["our block ÷ diffusers'"] = timings[OUR_BLOCK].ratio_to(timings[PEER_BLOCK])
+    save(Measured(rows, ratios, bfloat16))
 
     def step(denoiser: Denoiser) -> Callable[[], object]:
         return lambda: (denoiser.step(), wait_for(device))
 
     alone = {name: step(denoisers[name]) for name in variants}
     rows += sustained_rows(alone, timings, frames, device, effort.sustained)
-    ratios = ratios_of(timings, list(variants))
-    if FULL_ATTENTION in runs:
-        ratios["windows ÷ full attention"] = timings[PLAIN].ratio_to(timings[FULL_ATTENTION])
-    if OUR_BLOCK in timings:
-        ratios["our block ÷ diffusers'"] = timings[OUR_BLOCK].ratio_to(timings[PEER_BLOCK])
     return Measured(rows, ratios, bfloat16)
 
 

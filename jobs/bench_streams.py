@@ -14,9 +14,11 @@ from jobs.bench_rows import (
     Failures,
     Measured,
     Row,
+    Save,
     executed_flops,
     fastest_of,
     float8_verdict,
+    keep_nothing,
     layer_shapes,
     make_row,
     ratios_of,
@@ -62,7 +64,7 @@ def measure_decoding(subject: DecodingSubject, effort: Effort) -> Measured:
     decoders: dict[str, ChunkDecoder] = {}
     peaks: dict[str, int | None] = {}
     pictures: dict[str, torch.Tensor] = {}
-    variants = decoder_variants(effort.compiled, capability_of(device))
+    variants = decoder_variants(effort.compiled_decoder, capability_of(device))
     failures = Failures()
     with progress("prepare", unit="variants") as on_progress:
         for name, options in variants.items():
@@ -82,7 +84,10 @@ def measure_decoding(subject: DecodingSubject, effort: Effort) -> Measured:
 
     actions = {name: action(decoder) for name, decoder in decoders.items()}
     with progress("decode", unit="rounds") as on_progress:
-        timings = interleave(actions, device, on_progress=on_progress, **effort.bounds)
+        timings = interleave(
+            actions, device, on_progress=on_progress, on_error=failures.note, **effort.bounds
+        )
+    decoders = {name: decoder for name, decoder in decoders.items() if name in timings}
     frames = subject.autoencoder.frames_for(subject.chunk_frames, first=False)
     rows = [
         make_row(
@@ -102,7 +107,10 @@ def measure_decoding(subject: DecodingSubject, effort: Effort) -> Measured:
 
 
 def measure_streams(
-    subject: StreamingModel, effort: Effort, fastest_step: str | None = None
+    subject: StreamingModel,
+    effort: Effort,
+    fastest_step: str | None = None,
+    save: Save = keep_nothing,
 ) -> Measured:
     """Time chunks of whole streams, from the first step's launch to pictures on the host.
 
@@ -114,11 +122,12 @@ def measure_streams(
         subject: what streams.
         effort: how long to measure.
         fastest_step: exact variant of the step to stream with; default: the last one.
+        save: given the table before what runs alone is measured.
     """
     device = subject.device
     dtype = subject.model.patch_embedding.weight.dtype
-    steps = step_variants(effort.compiled, capability_of(device), dtype)
-    decoders = decoder_variants(effort.compiled, capability_of(device))
+    steps = step_variants(effort.compiled, capability_of(device), dtype, effort.autotune)
+    decoders = decoder_variants(effort.compiled_decoder, capability_of(device))
     exact = fastest_step or [name for name in steps if name != FLOAT8][-1]
     fast_step = steps[exact]
     fast_decoder = list(decoders.values())[-1]
@@ -155,16 +164,26 @@ def measure_streams(
                 pictures[name] = centred(chunk.frames)
             on_progress(len(streams) + len(failures), len(variants), {})
     evaluations = 1 if subject.config.sampling.guidance_scale == 1.0 else 2
+    blocks = subject.config.model.depth * subject.scheme().s
     product, product_flops = matmul_action(
-        layer_shapes(subject.config.model, evaluations), device, dtype
+        layer_shapes(subject.config.model, evaluations), device, dtype, repeats=blocks
     )
     actions = {name: _burst(running.__next__) for name, running in streams.items()}
     if "+ fast step" in streams:
-        actions[NO_DECODING] = _burst(_chunks_alone(subject, prompt, fast_step))
+        with failures.allowed(NO_DECODING):
+            actions[NO_DECODING] = _burst(_chunks_alone(subject, prompt, fast_step))
     actions[CEILING] = _burst(product)
     actions[CEILING]()  # warm, as the streams are
     with progress("stream", unit="rounds") as on_progress:
-        timings = interleave(actions, device, on_progress=on_progress, parts=BURST, **effort.bounds)
+        timings = interleave(
+            actions,
+            device,
+            on_progress=on_progress,
+            parts=BURST,
+            on_error=failures.note,
+            **effort.bounds,
+        )
+    streams = {name: running for name, running in streams.items() if name in timings}
     frames = subject.autoencoder.frames_for(subject.scheme().c, first=False)
     ceiling = product_flops / timings[CEILING].percentile(50)
     flops = count_flops(subject.config.model, text_tokens=tokens_per_encoder(subject))
@@ -197,10 +216,12 @@ def measure_streams(
     if NO_DECODING in timings:
         rows.append(row(NO_DECODING, fast_step, None))
     rows.append(make_row(CEILING, timings, None, flops_per_second=1e3 * ceiling))
+    ratios = ratios_of(timings, list(streams))
+    save(Measured(rows, ratios, exact_stream))
     # No waiting between chunks, as where they are shown one after the other.
     alone = {name: running.__next__ for name, running in streams.items()}
     rows += sustained_rows(alone, timings, frames, device, effort.sustained)
-    return Measured(rows, ratios_of(timings, list(streams)), exact_stream)
+    return Measured(rows, ratios, exact_stream)
 
 
 def centred(pixels: np.ndarray) -> torch.Tensor:

@@ -24,9 +24,12 @@ def capability_of(device: torch.device) -> Capability:
 
 
 def step_variants(
-    compiled: bool, capability: Capability, dtype: torch.dtype
+    compiled: bool, capability: Capability, dtype: torch.dtype, autotune: bool = False
 ) -> dict[str, FastConfig | None]:
-    """Optimisations of a step of a model in `dtype`, each on top of those before."""
+    """Optimisations of a step of a model in `dtype`, each on top of those before.
+
+    `autotune` adds that of compiled steps, which takes many minutes for a large model.
+    """
     variants: dict[str, FastConfig | None] = {
         PLAIN: None,
         "+ modulation table": FastConfig(text_memory=False),
@@ -34,8 +37,10 @@ def step_variants(
     }
     if compiled:
         variants["+ compiled blocks"] = FastConfig(compile=True)
+        if autotune:
+            variants["+ autotuning"] = FastConfig(compile=True, autotune=True)
     if capability is not None:
-        graph = FastConfig(compile=compiled, cuda_graph=True)
+        graph = FastConfig(compile=compiled, autotune=compiled and autotune, cuda_graph=True)
         variants["+ CUDA graph"] = graph
         cudnn = graph.model_copy(update={"attention": "cudnn"})
         variants["+ cuDNN attention"] = cudnn

@@ -53,6 +53,7 @@ def interleave(
     warm_up: int = 2,
     parts: int = 1,
     seconds: float = math.inf,
+    on_error: Callable[[str, Exception], None] | None = None,
 ) -> dict[str, Timings]:
     """Run every variant once a round, so that what else happens on the machine hits all alike.
 
@@ -66,6 +67,10 @@ def interleave(
         warm_up: rounds before those, not timed.
         parts: equal parts that an action consists of; times are given per part.
         seconds: no further round begins after this time, but for the least number of rounds.
+        on_error: told of a variant that fails, which is then left out; raises to end it all.
+
+    Returns:
+        Timings of the variants that did not fail.
     """
     started = time.perf_counter()
     timings = {name: Timings() for name in variants}
@@ -73,7 +78,15 @@ def interleave(
     for number in range(-warm_up, rounds):
         first = number % len(names)
         for name in names[first:] + names[:first]:
-            elapsed = time_once(variants[name], device) / parts
+            try:
+                elapsed = time_once(variants[name], device) / parts
+            except Exception as error:
+                if on_error is None:
+                    raise
+                on_error(name, error)
+                names.remove(name)
+                del timings[name]
+                continue
             if number >= 0:
                 timings[name].milliseconds.append(elapsed)
         if on_progress is not None and number >= 0:
@@ -118,11 +131,16 @@ def wait_for(device: torch.device) -> None:
 
 
 def matmul_action(
-    shapes: Sequence[tuple[int, int, int]], device: torch.device, dtype: torch.dtype
+    shapes: Sequence[tuple[int, int, int]],
+    device: torch.device,
+    dtype: torch.dtype,
+    repeats: int = 1,
 ) -> tuple[Action, int]:
     """Matrix products of random `[m, k]` by `[k, n]`, and how many operations they are.
 
-    The rate that a library reaches at these shapes is the ceiling of what is made of them.
+    The rate that a library reaches at these shapes is the ceiling of what is made of them. All are
+    done `repeats` times: as long a load as what is measured against it, for a device that is busy
+    for longer clocks lower.
     """
     generator = torch.Generator(device).manual_seed(0)
 
@@ -132,14 +150,14 @@ def matmul_action(
     pairs = [(random(m, k), random(n, k).t()) for m, k, n in shapes]
 
     def run() -> None:
-        for left, right in pairs:
+        for left, right in repeats * pairs:
             left @ right
 
-    return run, sum(2 * m * k * n for m, k, n in shapes)
+    return run, repeats * sum(2 * m * k * n for m, k, n in shapes)
 
 
 def float8_matmul_action(
-    shapes: Sequence[tuple[int, int, int]], device: torch.device
+    shapes: Sequence[tuple[int, int, int]], device: torch.device, repeats: int = 1
 ) -> tuple[Action, int]:
     """Like :func:`matmul_action`, of operands that are rounded to e4m3 row by row already."""
     generator = torch.Generator(device).manual_seed(0)
@@ -149,7 +167,7 @@ def float8_matmul_action(
     ]
 
     def run() -> None:
-        for (left, scale), (right, other_scale) in pairs:
+        for (left, scale), (right, other_scale) in repeats * pairs:
             torch._scaled_mm(
                 left,
                 right.t(),
@@ -159,7 +177,7 @@ def float8_matmul_action(
                 use_fast_accum=True,
             )
 
-    return run, sum(2 * m * k * n for m, k, n in shapes)
+    return run, repeats * sum(2 * m * k * n for m, k, n in shapes)
 
 
 def weight_bytes(modules: Iterable[nn.Module]) -> int:

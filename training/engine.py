@@ -126,10 +126,18 @@ def build_engine(module: nn.Module, config: RunConfig, world: World) -> Any:
         lr=config.optimizer.learning_rate,
         betas=config.optimizer.betas,
         weight_decay=config.optimizer.weight_decay,
+        fused=fused_by_default(config, world.device),
     )
     return initialize_deepspeed(
         world.device, module, deepspeed_config(config, world.size), optimizer
     )
+
+
+def fused_by_default(config: RunConfig, device: torch.device) -> bool:
+    """Whether AdamW is one kernel: where it is asked for, or where it runs on a CUDA device."""
+    if config.optimizer.fused is not None:
+        return config.optimizer.fused
+    return device.type == "cuda" and not config.offload_optimizer
 
 
 def initialize_deepspeed(

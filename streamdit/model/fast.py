@@ -53,8 +53,12 @@ class FastConfig(StrictModel):
     text_memory: bool = True
     """Project the prompt to keys and values once per prompt, not once per step."""
     compile: bool = False
-    """Compile the blocks with `torch.compile(mode="max-autotune-no-cudagraphs")`: fuses norm,
-    modulation, rotary positions and windows. The first step takes minutes."""
+    """Compile the blocks: fuses norm, modulation, rotary positions and windows. The first step
+    takes a minute or so."""
+    autotune: bool = False
+    """With `compile`: time the library's matrix products against generated ones, and ways to
+    generate everything else (`torch.compile(mode="max-autotune-no-cudagraphs")`). The first step
+    then takes many minutes for a large model."""
     cuda_graph: bool = False
     """Replay the step as one CUDA graph; needs a CUDA device, and `text_memory`."""
     attention: AttentionKernel = "auto"
@@ -112,7 +116,7 @@ class FastVelocity:
         self._model = with_float8_linears(model) if config.float8 else model
         parts: list[Callable[..., Tensor]] = [StreamDiT.embed_latents, run_block, run_output]
         if config.compile:
-            parts = [compiled(part) for part in parts]
+            parts = [compiled(part, config.autotune) for part in parts]
         self._begin, self._block, self._end = parts
         shape = (batch, levels.shape[1], *latent_shape)
         with torch.no_grad():
@@ -165,9 +169,10 @@ class FastVelocity:
         return self._end(model, x, signals.output.unsqueeze(2).unbind(1), latents)
 
 
-def compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def compiled(function: Callable[..., Tensor], autotune: bool = False) -> Callable[..., Tensor]:
     """`function` compiled for fixed shapes; compiled once for all modules that are built alike."""
-    return compile_for_fixed_shapes(function, fullgraph=True, mode="max-autotune-no-cudagraphs")
+    mode = "max-autotune-no-cudagraphs" if autotune else None
+    return compile_for_fixed_shapes(function, fullgraph=True, mode=mode)
 
 
 def run_block(
@@ -236,8 +241,11 @@ class StepGraph:
         graph = torch.cuda.CUDAGraph()
         # PyTorch's own stream for captures lies on whichever device was captured on first.
         # Other threads, such as one that encodes a prompt, may use the device meanwhile.
-        with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
-            self._result = function(self._latents)
+        try:
+            with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
+                self._result = function(self._latents)
+        finally:
+            torch.cuda.set_stream(current)  # a capture that fails leaves its own
         return graph
 
     def _own_stream(self) -> torch.cuda.Stream:

@@ -57,10 +57,10 @@ def rotate(features: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     Returns:
         Same shape and dtype as `features`; the rotation itself is done in float32.
     """
-    n, heads, length, width = features.shape
-    windows = cos.shape[0]
-    pairs = precise(features).view(n // windows, windows, heads, length, width // 2, 2)
-    even, odd = pairs.unbind(-1)
-    cos, sin = cos[None, :, None], sin[None, :, None]
+    # Token by token, as features come out of a linear layer: what attention makes of them then
+    # lies so too, and goes into the next one without a copy.
+    tokens = precise(features).transpose(1, 2)
+    even, odd = tokens.unflatten(0, (-1, cos.shape[0])).unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = cos[None, :, :, None], sin[None, :, :, None]
     rotated = torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1)
-    return rotated.view(n, heads, length, width).to(features.dtype)
+    return rotated.flatten(-2).flatten(0, 1).transpose(1, 2).to(features.dtype)

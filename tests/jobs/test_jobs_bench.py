@@ -23,9 +23,10 @@ from jobs.bench_variants import FLOAT8, PLAIN
 from jobs.cli import app
 from jobs.measure import Timings
 from streamdit.decoding import ChunkDecoder
+from streamdit.denoiser import Denoiser
 from streamdit.errors import UserError
 from streamdit.io import read_model_config
-from streamdit.model.fast import FastConfig
+from streamdit.model.fast import FastConfig, FastVelocity
 from streamdit.model.flops import PER_PROMPT, PER_SCHEDULE, count_flops
 
 CPU = torch.device("cpu")
@@ -258,3 +259,36 @@ def test_without_diffusers_the_step_is_measured_all_the_same(tmp_path, monkeypat
     assert "ModuleNotFoundError" in rows[PEER_BLOCK]["verdict"]
     assert rows[PLAIN]["p50_ms"] > 0
     assert "our block ÷ diffusers'" not in figures["ratios"]
+
+
+def test_a_variant_that_fails_while_it_is_timed_is_left_out_and_what_came_before_is_kept(
+    tmp_path, monkeypatch
+):
+    step, calls = Denoiser.step, []
+
+    def breaks_late(denoiser):
+        if isinstance(denoiser._velocity_at, FastVelocity):
+            fast = denoiser._velocity_at.config
+            calls.append(fast)
+            if fast == FastConfig() and calls.count(fast) > 3:  # in the second round
+                raise RuntimeError("the device is lost")
+        return step(denoiser)
+
+    monkeypatch.setattr(Denoiser, "step", breaks_late)
+    figures, _ = bench(tmp_path, "step", "--text-tokens", "10")
+    rows = {row["variant"]: row for row in figures["rows"]}
+    assert rows["+ text memory"]["verdict"] == "failed: RuntimeError: the device is lost"
+    assert rows["+ modulation table"]["p50_ms"] > 0
+    assert set(figures["ratios"]) >= {"optimised ÷ plain", "windows ÷ full attention"}
+
+
+def test_figures_are_kept_before_what_runs_alone(tmp_path, monkeypatch):
+    def cut_off(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("jobs.bench_steps.sustained_rows", cut_off)
+    file = tmp_path / "figures.json"
+    arguments = ("bench", "all", "--text-tokens", "10", "--rounds", "1", "--json", str(file))
+    assert CliRunner().invoke(app, arguments).exit_code != 0
+    rows = json.loads(file.read_text())["step"]["rows"]
+    assert {PLAIN, CEILING, *PAIR} <= {row["variant"] for row in rows}

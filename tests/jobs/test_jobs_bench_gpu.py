@@ -5,8 +5,7 @@ import torch
 from bench_command import bench
 
 from jobs.bench_peer import PAIR
-from jobs.bench_rows import CEILING
-from jobs.bench_steps import FLOAT8_CEILING
+from jobs.bench_rows import CEILING, FLOAT8_CEILING
 from jobs.bench_variants import FLOAT8, decoder_variants, step_variants
 from streamdit.model.fast import FLOAT8_CAPABILITY
 from streamdit.model.quantise import ERROR_BOUND
@@ -33,6 +32,7 @@ def check_rows(rows, difference):
 
 
 def test_steps_streams_and_decoding_are_measured_with_every_variant(tmp_path):
+    pytest.importorskip("diffusers", reason="the peer is diffusers'")
     figures, output = bench(tmp_path, "all", "--no-compile", "--sustained", "1")
     capability = torch.cuda.get_device_capability()
     steps = {row["variant"]: row for row in figures["step"]["rows"]}

@@ -50,6 +50,9 @@ def test_variants_for_a_gpu_end_with_float8_where_it_multiplies_in_it(compiled):
     older = step_variants(compiled, (8, 0), torch.bfloat16)
     assert older == {name: fast for name, fast in steps.items() if name != FLOAT8}
     assert step_variants(compiled, (9, 0), torch.float32) == older
+    tuned = step_variants(compiled, (9, 0), torch.bfloat16, autotune=True)
+    assert ("+ autotuning" in tuned) is compiled
+    assert tuned[FLOAT8] == steps[FLOAT8].model_copy(update={"autotune": compiled})
     decoders = list(decoder_variants(compiled, capability=(8, 0)).values())
     assert decoders[-1].cudnn_autotune
     assert decoders[-1].compile is compiled

@@ -49,6 +49,7 @@ def test_matrix_products_are_counted_as_two_operations_a_multiply_add():
     run, flops = matmul_action([(4, 8, 16), (2, 3, 5)], CPU, torch.float32)
     run()
     assert flops == 2 * 4 * 8 * 16 + 2 * 2 * 3 * 5
+    assert matmul_action([(4, 8, 16)], CPU, torch.float32, repeats=3)[1] == 3 * 2 * 4 * 8 * 16
 
 
 def test_rounds_stop_when_the_time_is_up_but_for_the_least_number_of_them():
@@ -101,3 +102,23 @@ def test_weights_of_a_variant_are_those_of_the_model_and_what_it_makes_beside_th
     assert weight_bytes(decoders_of(subject.autoencoder, DecoderConfig())) == whole
     halved = weight_bytes(decoders_of(subject.autoencoder, DecoderConfig(bfloat16=True)))
     assert whole * 1.4 < halved <= whole * 1.5
+
+
+def test_a_variant_that_fails_is_left_out_from_then_on_if_somebody_wants_to_know():
+    calls, told = [], []
+
+    def fails_in_the_second_round():
+        calls.append("b")
+        if len(calls) == 2:
+            raise RuntimeError("lost")
+
+    variants = {"a": lambda: None, "b": fails_in_the_second_round, "c": lambda: None}
+    timings = interleave(
+        variants, CPU, rounds=5, warm_up=0, on_error=lambda name, error: told.append(name)
+    )
+    assert told == ["b"]
+    assert len(calls) == 2
+    assert {name: len(one.milliseconds) for name, one in timings.items()} == {"a": 5, "c": 5}
+    calls.clear()
+    with pytest.raises(RuntimeError, match="lost"):
+        interleave(variants, CPU, rounds=5, warm_up=0)
