@@ -57,6 +57,7 @@ def make_run(kind: type[R], job: TrainJob, world: World) -> R:
     config = job.config
     model = build_dit(job.model, config.seed).to(world.device)
     model.activation_checkpointing = config.activation_checkpointing
+    model.compile_blocks = config.compile_blocks
     engine = build_engine(model, config, world)
     average = ExponentialMovingAverage(engine, config.ema_decay)
     objective = make_flow_matching(job, world.device)

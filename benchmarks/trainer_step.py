@@ -65,6 +65,7 @@ def bare_deepspeed(job: TrainJob, world: World, batch: Batch, draws: Any) -> Cal
     """One step of DeepSpeed with the trainer's configuration, and nothing else."""
     model = build_dit(job.model, job.config.seed).to(world.device)
     model.activation_checkpointing = job.config.activation_checkpointing
+    model.compile_blocks = job.config.compile_blocks
     engine = build_engine(model, job.config, world)
     objective = make_flow_matching(job, world.device)
 
@@ -82,6 +83,7 @@ def plain_pytorch(job: TrainJob, world: World, batch: Batch, draws: Any) -> Call
     dtype = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
     model = build_dit(job.model, config.seed).to(world.device, dtype)
     model.activation_checkpointing = config.activation_checkpointing
+    model.compile_blocks = config.compile_blocks
     parallel = torch.nn.parallel.DistributedDataParallel(model)
     objective = make_flow_matching(job, world.device)
     optimizer = torch.optim.AdamW(

@@ -21,6 +21,7 @@ def load_teacher(directory: str, config: DistillConfig, device: torch.device) ->
         model, _ = load_model(directory, dtype=dtype)
         return shard(freeze(model), config, device)
     model, _ = load_model(directory, device, dtype)
+    model.compile_blocks = config.compile_blocks
     return freeze(model)
 
 

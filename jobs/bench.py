@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -261,6 +261,7 @@ def train(
     batch: Annotated[int, typer.Option("--batch", min=1, help="Clips of a step.")] = 1,
     rounds: Rounds = None,
     seconds: Seconds = None,
+    compiled: WithCompile = None,
     json_file: JsonFile = None,
 ) -> None:
     """Time a training step, with none of the blocks recomputed up to all of them.
@@ -271,8 +272,11 @@ def train(
     from jobs.bench_train import TrainingSubject, measure_training
     from training.config import TrainConfig
 
-    if any(text.startswith("activation_checkpointing=") for text in overrides or ()):
-        raise UserError("bench train measures every activation_checkpointing; leave it away")
+    for text in overrides or ():
+        if text.startswith("activation_checkpointing="):
+            raise UserError("bench train measures every activation_checkpointing; leave it away")
+        if text.startswith("compile_blocks="):
+            raise UserError("bench train measures compiled blocks too; give --compile")
     own = [f"global_batch={batch}", "micro_batch=null", "launch.workers=1"]
     config = load_config(
         TrainConfig, stage="train", preset=preset, overrides=[*own, *(overrides or ())]
@@ -281,7 +285,11 @@ def train(
         raise UserError("one step is one micro-batch here; leave micro_batch, give --batch")
     subject = TrainingSubject(config)
     facts = training_facts(config, subject.world.device, preset)
-    effort = _effort(subject.world.device, rounds, 0.0, False, seconds)
+    effort = _effort(subject.world.device, rounds, 0.0, compiled, seconds)
+    if effort.compiled and config.zero_stage == 3:
+        if compiled:
+            raise UserError("--compile needs whole weights; set zero_stage=2, or leave it out")
+        effort = replace(effort, compiled=False)
     _write(_report("train", facts, measure_training(subject, effort)), json_file)
 
 

@@ -5,16 +5,16 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from jobs.bench_rows import CEILING, Effort, Measured, Row, layer_shapes
-from jobs.bench_subject import most_text_tokens
+from jobs.bench_subject import most_text_tokens, randomise
 from jobs.console import progress
 from jobs.measure import Timings, interleave, matmul_action, wait_for
 from streamdit.errors import UserError
-from streamdit.model import build_dit
+from streamdit.model import StreamDiT
 from streamdit.text.base import TextStates
 from training.config import TrainConfig
 from training.data import Batch
@@ -28,6 +28,24 @@ from training.order import sample_generator
 NONE_RECOMPUTED = "nothing recomputed"
 PARTS = 4
 """Tried are none, a quarter, half, three quarters and all of the blocks."""
+
+
+class Setting(NamedTuple):
+    """How a step is taken.
+
+    Attributes:
+        recomputed: blocks whose activations are recomputed, the first ones.
+        compiled: whether blocks are compiled.
+    """
+
+    recomputed: int
+    compiled: bool
+
+    def name(self, depth: int) -> str:
+        """As the table calls it."""
+        some = f"{self.recomputed} of {depth} blocks recomputed"
+        name = some if self.recomputed else NONE_RECOMPUTED
+        return f"{name}, compiled" if self.compiled else name
 
 
 class TrainingSubject:
@@ -66,7 +84,10 @@ class TrainingSubject:
 
     def _build(self) -> None:
         config = self.config
-        module = build_dit(config.model, config.seed).to(self.world.device)
+        # Drawn where it will be: billions of weights take a CPU minutes.
+        with torch.device(self.world.device):
+            module = StreamDiT(config.model)
+        randomise(module, self.world.device)
         self.engine: Any = build_engine(module, config, self.world)
         self.average = ExponentialMovingAverage(self.engine, config.ema_decay)
 
@@ -110,11 +131,13 @@ class TrainingSubject:
         )
         return batch.to(device)
 
-    def step(self, recomputed: int) -> Callable[[], None]:
-        """One optimizer step with so many blocks recomputed."""
+    def step(self, setting: Setting) -> Callable[[], None]:
+        """One optimizer step in this way."""
 
         def run() -> None:
-            self.engine.module.activation_checkpointing = recomputed
+            module = self.engine.module
+            module.activation_checkpointing = setting.recomputed
+            module.compile_blocks = setting.compiled
             loss, _ = self.objective(self.engine, self.batch, self.batch.draws)
             self.engine.backward(loss)
             self.engine.step()
@@ -132,16 +155,19 @@ def measure_training(subject: TrainingSubject, effort: Effort) -> Measured:
     """
     config, device = subject.config, subject.world.device
     depth = config.model.depth
-    peaks = _try_each(subject, sorted({depth * part // PARTS for part in range(PARTS + 1)}))
-    fitting = [blocks for blocks, peak in peaks.items() if peak is not None]
+    numbers = sorted({depth * part // PARTS for part in range(PARTS + 1)})
+    peaks = _try_each(subject, numbers, compiled=False)
+    if effort.compiled:
+        peaks |= _try_each(subject, numbers, compiled=True)
+    fitting = [setting for setting, peak in peaks.items() if peak is not None]
     if not fitting:
         raise _too_large(config)
     dtype = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
     products, product_flops = matmul_action(
-        layer_shapes(config.model, config.global_batch), device, dtype
+        layer_shapes(config.model, config.global_batch), device, dtype, repeats=3 * depth
     )
     actions: dict[str, Callable[[], object]] = {
-        **{_name(blocks, depth): subject.step(blocks) for blocks in fitting},
+        **{setting.name(depth): subject.step(setting) for setting in fitting},
         CEILING: products,
     }
     products()  # warm, as the steps are
@@ -153,10 +179,10 @@ def measure_training(subject: TrainingSubject, effort: Effort) -> Measured:
     cost = sample_cost(config.model, bucket.height, bucket.width, lengths)
     model_flops = 3 * config.global_batch * cost.flops
     peak = device_peak_flops(device) if config.precision == "bfloat16" else None
-    lightest = timings[_name(fitting[0], depth)]
+    lightest = timings[fitting[0].name(depth)]
     rows = []
-    for blocks, memory in peaks.items():
-        name = _name(blocks, depth)
+    for setting, memory in peaks.items():
+        name = setting.name(depth)
         if memory is None:
             rows.append(Row(name, None, None, None, None, verdict="does not fit"))
             continue
@@ -189,16 +215,19 @@ def measure_training(subject: TrainingSubject, effort: Effort) -> Measured:
     return Measured(rows, _ratios(timings, fitting, depth))
 
 
-def _try_each(subject: TrainingSubject, numbers: Sequence[int]) -> dict[int, int | None]:
+def _try_each(
+    subject: TrainingSubject, numbers: Sequence[int], compiled: bool
+) -> dict[Setting, int | None]:
     """Memory of a step for each number of recomputed blocks; None where it does not fit.
 
     The one that needs least goes first: whatever needs more than one that fails fails too.
     """
     device = subject.world.device
-    found: dict[int, int | None] = dict.fromkeys(numbers)
-    with progress("prepare", unit="variants") as on_progress:
-        for done, blocks in enumerate(reversed(numbers), 1):
-            step = subject.step(blocks)
+    found: dict[Setting, int | None] = {Setting(blocks, compiled): None for blocks in numbers}
+    least = Setting(numbers[-1], compiled)
+    with progress("prepare compiled" if compiled else "prepare", unit="variants") as on_progress:
+        for done, setting in enumerate(reversed(found), 1):
+            step = subject.step(setting)
             with _out_of_memory_passes() as failed:
                 step()  # makes the optimizer's state too
                 wait_for(device)
@@ -207,13 +236,24 @@ def _try_each(subject: TrainingSubject, numbers: Sequence[int]) -> dict[int, int
                 step()
                 wait_for(device)
             if failed:
-                if blocks != numbers[-1]:
-                    subject.rebuild()
-                    subject.step(numbers[-1])()
+                if setting != least:
+                    _begin_again(subject, least)
                 break
-            found[blocks] = peak_memory_bytes(device)
+            found[setting] = peak_memory_bytes(device)
             on_progress(done, len(numbers), {})
     return found
+
+
+def _begin_again(subject: TrainingSubject, setting: Setting) -> None:
+    """A new engine after one ran out of memory, and a step of what fitted before."""
+    with _out_of_memory_passes() as failed:
+        subject.rebuild()
+        subject.step(setting)()
+    if failed:
+        raise UserError(
+            f"a step with {setting.recomputed} blocks recomputed fitted, but no longer after one "
+            "that did not; measure on a device that nothing else uses, or take a smaller --batch"
+        )
 
 
 @contextmanager
@@ -235,13 +275,17 @@ def _too_large(config: TrainConfig) -> UserError:
     )
 
 
-def _name(recomputed: int, depth: int) -> str:
-    return f"{recomputed} of {depth} blocks recomputed" if recomputed else NONE_RECOMPUTED
+def _ratios(
+    timings: dict[str, Timings], fitting: Sequence[Setting], depth: int
+) -> dict[str, float]:
+    """What recomputing everything costs, and what compiling saves where least is recomputed."""
+    eager, compiled = (
+        [setting for setting in fitting if setting.compiled is mode] for mode in (False, True)
+    )
 
+    def ratio(one: Setting, other: Setting) -> dict[str, float]:
+        mine, base = one.name(depth), other.name(depth)
+        return {f"{mine} ÷ {base}": timings[mine].ratio_to(timings[base])}
 
-def _ratios(timings: dict[str, Timings], fitting: Sequence[int], depth: int) -> dict[str, float]:
-    """What recomputing everything costs."""
-    least, most = (timings[_name(blocks, depth)] for blocks in (fitting[0], fitting[-1]))
-    if least is most:
-        return {}
-    return {f"{_name(fitting[-1], depth)} ÷ {_name(fitting[0], depth)}": most.ratio_to(least)}
+    ratios = ratio(eager[-1], eager[0]) if len(eager) > 1 else {}
+    return ratios | (ratio(compiled[0], eager[0]) if compiled and eager else {})

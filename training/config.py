@@ -154,6 +154,9 @@ class RunConfig(StrictModel):
     activation_checkpointing: bool | Annotated[int, Field(ge=0)] = False
     """Recompute activations in the backward pass to save memory: of all blocks, or of the first so
     many; `streamdit describe` tells how many it takes."""
+    compile_blocks: bool = Field(default=False, exclude_if=lambda on: not on)
+    """Compile the transformer's blocks with `torch.compile`, forward and backward; the first steps
+    take a minute or more. Not with `zero_stage: 3`, nor with adapters."""
     skip_limit: int = Field(default=10, gt=0)
     """Steps in a row that may be skipped for a loss or gradient that is not finite; then the run
     stops."""
@@ -171,6 +174,19 @@ class RunConfig(StrictModel):
     """Worker processes."""
     tracking: TrackingConfig = TrackingConfig()
     """MLflow."""
+
+    @model_validator(mode="after")
+    def _check_compiled(self) -> RunConfig:
+        if self.compile_blocks and self.zero_stage == 3:
+            raise ValueError(
+                "compile_blocks needs whole weights, which zero_stage: 3 gathers layer by layer; "
+                "set zero_stage: 2, or compile_blocks: false"
+            )
+        if self.compile_blocks and self.lora is not None:
+            raise ValueError(
+                "compile_blocks does not go with adapters (lora); set compile_blocks: false"
+            )
+        return self
 
     def accumulation(self, world_size: int) -> tuple[int, int]:
         """Micro-batch size and accumulation steps on `world_size` workers.

@@ -21,6 +21,7 @@ MakeObjective = Callable[..., Any]
 FREE_SETTINGS = (
     *("launch", "tracking", "data", "log_every", "checkpoint", "validation", "skip_limit"),
     *("micro_batch", "zero_stage", "offload_optimizer", "activation_checkpointing"),
+    "compile_blocks",
 )
 """Settings that may change between parts of a run: its numbers stay the same, with those of the
 second line up to rounding."""

@@ -47,6 +47,7 @@ def train_loop(job: TrainJob) -> None:
     if start_config is not None:
         dataset.check_continues(start_config)
     model.activation_checkpointing = config.activation_checkpointing
+    model.compile_blocks = config.compile_blocks
     with memory_errors(config, model, (), world):
         objective = job.make_objective(job, world.device)
         engine = build_engine(model.to(world.device), config, world)

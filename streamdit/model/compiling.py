@@ -34,6 +34,21 @@ def compile_for_fixed_shapes(
     return call
 
 
+def compile_for_any_shape(function: Callable[..., Result]) -> Callable[..., Result]:
+    """`function` compiled, with versions for the sizes that stay and one for those that change.
+
+    The first two sizes of an axis that changes, such as the tokens of texts, are compiled for.
+    """
+    compiled = torch.compile(function, dynamic=None, fullgraph=True)
+
+    @functools.wraps(function)
+    def call(*arguments: Any) -> Result:
+        _allow_many_shapes()
+        return compiled(*arguments)
+
+    return call
+
+
 def _allow_many_shapes() -> None:
     """Raise the number of versions of a function that `torch.compile` keeps.
 

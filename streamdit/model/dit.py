@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from streamdit.config import DiTConfig
 from streamdit.model.block import Block, WindowContext
+from streamdit.model.compiling import compile_for_any_shape
 from streamdit.model.memory import recomputed_blocks
 from streamdit.model.modulation import (
     Float32LayerNorm,
@@ -46,6 +49,18 @@ class OutputLayer(nn.Module):
         return output
 
 
+def run_block(block: nn.Module, *arguments: Any) -> Tensor:
+    """A block on its arguments."""
+    output: Tensor = block(*arguments)
+    return output
+
+
+@functools.cache
+def compiled_run_block() -> Callable[..., Tensor]:
+    """The same compiled: once for all blocks alike, of regular and of shifted windows."""
+    return compile_for_any_shape(run_block)
+
+
 class StreamDiT(nn.Module):
     """Velocity network of buffered flow matching (arXiv:2507.03745v4, Sec. 3.3).
 
@@ -60,6 +75,8 @@ class StreamDiT(nn.Module):
         self.activation_checkpointing: bool | int = False
         """Blocks whose activations are recomputed in the backward pass: all, none or the first
         so many."""
+        self.compile_blocks = False
+        """Whether blocks run compiled, with and without gradients."""
         voxels = config.patch[0] * config.patch[1] * config.patch[2]
         self.patch_embedding = nn.Linear(voxels * config.latent_channels, config.width)
         self.time_embedding = TimeEmbedding(config)
@@ -109,12 +126,13 @@ class StreamDiT(nn.Module):
         time, shared = self.embed_time(tau)
         x = self.embed_latents(latents)
         recomputed = recomputed_blocks(self.activation_checkpointing, len(self.blocks))
+        run = compiled_run_block() if self.compile_blocks else run_block
         for index, block in enumerate(self.blocks):
-            arguments = (x, time, shared, text, contexts[index % 2])
+            arguments = (block, x, time, shared, text, contexts[index % 2])
             if index < recomputed and torch.is_grad_enabled():
-                x = checkpoint(block, *arguments, use_reentrant=False)
+                x = checkpoint(run, *arguments, use_reentrant=False)
             else:
-                x = block(*arguments)
+                x = run(*arguments)
         return self.unembed(self.output(x, time), latents)
 
     def embed_time(self, tau: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -50,14 +50,14 @@ def test_training_that_does_not_fit_is_named_and_the_rest_is_measured(
 ):
     step = TrainingSubject.step
 
-    def limited(subject, recomputed):
-        run = step(subject, recomputed)
+    def limited(subject, setting):
+        run = step(subject, setting)
 
         def out_of_memory():
             run()
             raise torch.OutOfMemoryError("so much")
 
-        return out_of_memory if recomputed < least else run
+        return out_of_memory if setting.recomputed < least else run
 
     monkeypatch.setattr(TrainingSubject, "step", limited)
     settings = ("precision=float32", "model.depth=2")
@@ -79,9 +79,24 @@ def test_training_that_does_not_fit_is_named_and_the_rest_is_measured(
     [
         ("lora.rank=4", "measures whole models"),
         ("activation_checkpointing=2", "measures every activation_checkpointing"),
+        ("compile_blocks=true", "give --compile"),
     ],
 )
 def test_what_a_training_step_is_not_measured_with_is_refused(one_worker, setting, told):
     result = CliRunner().invoke(app, ["bench", "train", "--preset", "demo", setting])
     assert result.exit_code == 2
     assert told in result.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_training_step_is_also_measured_compiled(tmp_path, one_worker):
+    figures, _ = bench(tmp_path, "train", "--compile", "precision=float32", "model.depth=1")
+    rows = {row["variant"]: row for row in figures["rows"]}
+    names = ["nothing recomputed", "1 of 1 blocks recomputed"]
+    assert list(rows) == [*names, *(f"{name}, compiled" for name in names), CEILING]
+    assert all(row["p50_ms"] > 0 for row in rows.values())
+    assert "nothing recomputed, compiled ÷ nothing recomputed" in figures["ratios"]
+    result = CliRunner().invoke(app, ["bench", "train", "--compile", "zero_stage=3"])
+    assert result.exit_code == 2
+    assert "set zero_stage=2" in result.stderr

@@ -238,3 +238,46 @@ def test_learning_rate_and_clipping_reach_the_optimizer(dataset_dir, tmp_path):
     # Epsilon is 1e-8: gradients clipped to that norm move nothing as far as the rate.
     largest, _ = change("clipped", gradient_clip=1e-9)
     assert largest < 2e-4
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("recomputed", [False, 1])
+def test_compiled_blocks_train_as_eager_ones_do(dataset_dir, tmp_path, recomputed):
+    """Texts of any length too, in validation without gradients, and resumed in eager mode."""
+    options = {"activation_checkpointing": recomputed, "validation": {"every": 3, "samples": 4}}
+    train(dataset_dir, tmp_path / "eager", **options)
+    compiled = tmp_path / "compiled"
+    train(dataset_dir, compiled, crash_at=4, compile_blocks=True, **options)
+    assert losses(compiled) == pytest.approx(
+        {step: loss for step, loss in losses(tmp_path / "eager").items() if step <= 4}, rel=1e-4
+    )
+    train(dataset_dir, compiled, **options)
+    assert losses(compiled) == pytest.approx(losses(tmp_path / "eager"), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [({"zero_stage": 3}, "set zero_stage: 2"), ({"lora": {"rank": 2}}, "adapters")],
+)
+def test_blocks_are_not_compiled_where_weights_come_and_go(settings, told):
+    with pytest.raises(ValueError, match=told):
+        TrainConfig.model_validate(train_settings(compile_blocks=True, **settings))
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_one_kernel_of_adam_resumes_exactly_and_at_another_stage(dataset_dir, tmp_path, stage):
+    fused = {"optimizer": {"learning_rate": 1e-3, "fused": True}, "validation": {"samples": 0}}
+    train(dataset_dir, tmp_path / "straight", zero_stage=stage, **fused)
+    out = tmp_path / "out"
+    train(dataset_dir, out, crash_at=4, zero_stage=stage, **fused)
+    assert len(losses(out)) < 6
+    train(dataset_dir, out, zero_stage=stage, **fused)
+    assert losses(out) == losses(tmp_path / "straight")
+    other = tmp_path / "other"
+    train(dataset_dir, other, crash_at=4, zero_stage=stage, **fused)
+    train(dataset_dir, other, zero_stage=1 + stage % 3, **fused)
+    assert losses(other) == pytest.approx(losses(tmp_path / "straight"), rel=1e-5)
+    plain = {"optimizer": {"learning_rate": 1e-3}, "validation": {"samples": 0}}
+    train(dataset_dir, tmp_path / "plain", zero_stage=stage, **plain)
+    assert losses(tmp_path / "plain") == pytest.approx(losses(tmp_path / "straight"), rel=1e-4)
