@@ -1,13 +1,14 @@
 """What the trainer costs: its step against bare loops with the same model, batch and precision.
 
-    python benchmarks/trainer_step.py [--preset demo] [--steps 30] [KEY=VALUE ...]
+    python benchmarks/trainer_step.py [--preset demo] [--turns 8] [KEY=VALUE ...]
     torchrun --nproc-per-node 2 benchmarks/trainer_step.py
 
-Three loops take turns, step by step, in one process group: the trainer as it is (data from shards,
-draws, averaging, stop request, metrics, log lines), a bare DeepSpeed loop, and a bare PyTorch loop
-(DistributedDataParallel, AdamW, gradient clipping). The bare loops repeat one batch with its draws
-and do nothing else. Times of the trainer are whole turns of its loop, so what it does between steps
-counts.
+Three loops take turns in one process group, a few steps each: the trainer as it is (data from
+shards, draws, averaging, stop request, metrics, log lines), a bare DeepSpeed loop, and a bare
+PyTorch loop (DistributedDataParallel, AdamW, gradient clipping). The bare loops repeat one batch
+with its draws and do nothing else. Times of the trainer are whole turns of its loop, so what it
+does between steps counts. The first step of a turn is not counted, of any: what the trainer reads
+ahead, and its writers, may have worked beside the loop before.
 """
 
 from __future__ import annotations
@@ -30,7 +31,10 @@ from training.order import sample_generator
 from training.run import Run
 from training.stop import StopRequest
 
-WARM_UP = 3
+TURN = 6
+"""Steps of a loop's turn, of which the first is not counted."""
+WARM_UP = 1
+"""Turns that are not counted."""
 SMALL = ("global_batch=8", "micro_batch=null")
 
 
@@ -40,18 +44,32 @@ class InterleavedRun(Run):
     def prepare(self, peers: dict[str, Callable[[], None]]) -> None:
         """Take the bare loops in, by name."""
         self.peers = peers
-        self.seconds: dict[str, list[float]] = {name: [] for name in ("trainer", *peers)}
-        self.turn: float | None = None
+        self.turns: dict[str, list[list[float]]] = {name: [] for name in ("trainer", *peers)}
+        self.mine: list[float] = []
+        self.began: float | None = None
 
     def _train_step(self, *arguments: Any) -> Any:
-        if self.turn is not None:
-            self.seconds["trainer"].append(now(self.world) - self.turn)
-        for name, step in self.peers.items():
+        """A step; every few of them, the peers' turns come before it."""
+        if self.began is not None:
+            self.mine.append(now(self.world) - self.began)
+        if len(self.mine) == TURN:
+            self.turns["trainer"].append(self.mine[1:])
+            self.mine = []
+            names = list(self.peers)
+            first = len(self.turns["trainer"]) % len(names)
+            for name in names[first:] + names[:first]:
+                self.turns[name].append(self._turn_of(self.peers[name]))
+        self.began = now(self.world)
+        return super()._train_step(*arguments)
+
+    def _turn_of(self, step: Callable[[], None]) -> list[float]:
+        """Seconds of the steps of a peer's turn but the first."""
+        seconds = []
+        for _ in range(TURN):
             started = now(self.world)
             step()
-            self.seconds[name].append(now(self.world) - started)
-        self.turn = now(self.world)
-        return super()._train_step(*arguments)
+            seconds.append(now(self.world) - started)
+        return seconds[1:]
 
 
 def now(world: World) -> float:
@@ -117,11 +135,11 @@ def first_batch(run: Run) -> tuple[Batch, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--preset", default="demo")
-    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--turns", type=int, default=8)
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
     options = parser.parse_intermixed_args()
     world = join_world()
-    steps = f"steps={options.steps + WARM_UP + 1}"
+    steps = f"steps={TURN * (options.turns + WARM_UP) + 1}"
     job = make_job(world, options.preset, [*SMALL, steps, *options.overrides])
     run = make_run(InterleavedRun, job, world)
     batch, draws = first_batch(run)
@@ -136,20 +154,20 @@ def main() -> None:
 
 def report(run: InterleavedRun, world: World) -> None:
     """Print medians and ratios."""
-    seconds = {name: times[WARM_UP:] for name, times in run.seconds.items()}
+    turns = {name: found[WARM_UP:] for name, found in run.turns.items()}
     config = run.config
     print(
         f"{world.size} worker(s), {world.device.type}, {config.precision}, "
         f"ZeRO {config.zero_stage}, {config.global_batch} clips per step; "
-        f"medians of {len(seconds['trainer'])} turns"
+        f"{len(turns['trainer'])} turns of {TURN - 1} steps"
     )
-    print("| loop | step | step / bare DeepSpeed, median | all steps / all of bare DeepSpeed |")
+    print("| loop | step, median | turn / that of bare DeepSpeed, median | all / all of it |")
     print("|---|---|---|---|")
-    for name, times in seconds.items():
-        pairs = list(zip(times, seconds["DeepSpeed"], strict=False))
+    for name, found in turns.items():
+        pairs = [(sum(a), sum(b)) for a, b in zip(found, turns["DeepSpeed"], strict=True)]
         ratio = statistics.median(a / b for a, b in pairs)
         total = sum(a for a, _ in pairs) / sum(b for _, b in pairs)
-        median = 1e3 * statistics.median(times)
+        median = 1e3 * statistics.median([second for turn in found for second in turn])
         print(f"| {name} | {median:.1f} ms | {ratio:.3f} | {total:.3f} |")
 
 

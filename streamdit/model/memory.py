@@ -15,9 +15,9 @@ BF16, FLOAT32 = 2, 4
 ADAM_BYTES = 3 * FLOAT32
 """Master weights and two moments of AdamW, per parameter."""
 
-STEP_BYTES = 2 * FLOAT32
-"""What a step needs for a while, per parameter: DeepSpeed's float32 copy of the gradients, and the
-square root of the second moments in PyTorch's AdamW."""
+STEP_BYTES = FLOAT32
+"""What a step needs for a while, per parameter: DeepSpeed's float32 copy of the gradients. AdamW as
+one kernel, as it is on CUDA, needs nothing more."""
 
 SUB_GROUP = 10**9
 """Parameters that ZeRO stage 3 steps at once."""
@@ -132,13 +132,12 @@ def block_activation_bytes(config: DiTConfig, bucket: BucketConfig, text_tokens:
     Per token and feature, in float32: the inputs of the three layer norms and the outputs of the
     two that are modulated; queries and keys of the windows and queries to the text, where they are
     normalised. In bf16: the windows, the matrix of queries, keys and values, rotated queries and
-    keys, the attention's output by head and by token, and that of its projection; the text
-    attention's input, queries and output; the feed-forward network's input, output, and its hidden
-    features before and after GELU.
+    keys, the attention's output and that of its projection; the text attention's input, queries and
+    output; the feed-forward network's input, output, and its hidden features before and after GELU.
     """
     normalised = 3 if config.qk_norm != "none" else 0
     features = FLOAT32 * (5 + normalised) * config.width
-    features += BF16 * (14 * config.width + 2 * config.ffn_width)
+    features += BF16 * (13 * config.width + 2 * config.ffn_width)
     # Keys are kept as float32 before their norm and bf16 after it, beside the matrix of both.
     text = (3 * BF16 + (FLOAT32 if normalised else 0)) * config.width
     return _tokens(config, bucket) * features + text_tokens * text
