@@ -24,7 +24,7 @@ from made_up_run import make_job, make_run
 
 from streamdit.model import build_dit
 from training.data import Batch
-from training.engine import World, build_engine, join_world
+from training.engine import World, build_engine, fused_by_default, join_world
 from training.job import TrainJob
 from training.objective import make_flow_matching, stack_draws
 from training.order import sample_generator
@@ -105,7 +105,11 @@ def plain_pytorch(job: TrainJob, world: World, batch: Batch, draws: Any) -> Call
     parallel = torch.nn.parallel.DistributedDataParallel(model)
     objective = make_flow_matching(job, world.device)
     optimizer = torch.optim.AdamW(
-        model.parameters(), config.optimizer.learning_rate, config.optimizer.betas, weight_decay=0.0
+        model.parameters(),
+        config.optimizer.learning_rate,
+        config.optimizer.betas,
+        weight_decay=0.0,
+        fused=fused_by_default(config, world.device) or None,
     )
 
     def step() -> None:

@@ -130,7 +130,7 @@ class TeacherConfig(StrictModel):
 class DistillConfig(RunConfig):
     """One run of multistep distillation."""
 
-    free_parts: ClassVar[dict[str, Any]] = {"teacher": {"placement"}}
+    free_parts: ClassVar[dict[str, Any]] = {"teacher": {"placement": "replicated"}}
 
     teacher: TeacherConfig
     """Rollout of the teacher."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -283,13 +283,13 @@ def train(
     )
     if config.accumulation(1)[1] > 1:
         raise UserError("one step is one micro-batch here; leave micro_batch, give --batch")
+    if config.zero_stage == 3:
+        if compiled:
+            raise UserError("--compile needs whole weights; set zero_stage=2, or leave it out")
+        compiled = False
     subject = TrainingSubject(config)
     facts = training_facts(config, subject.world.device, preset)
     effort = _effort(subject.world.device, rounds, 0.0, compiled, seconds)
-    if effort.compiled and config.zero_stage == 3:
-        if compiled:
-            raise UserError("--compile needs whole weights; set zero_stage=2, or leave it out")
-        effort = replace(effort, compiled=False)
     _write(_report("train", facts, measure_training(subject, effort)), json_file)
 
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from jobs.bench_rows import CEILING, Effort, Measured, Row, layer_shapes
+from jobs.bench_rows import CEILING, Effort, Failures, Measured, Row, layer_shapes
 from jobs.bench_subject import most_text_tokens, randomise
 from jobs.console import progress
 from jobs.measure import Timings, interleave, matmul_action, wait_for
@@ -26,6 +26,7 @@ from training.objective import FlowMatching, stack_draws
 from training.order import sample_generator
 
 NONE_RECOMPUTED = "nothing recomputed"
+COMPILED = "compiled blocks"
 PARTS = 4
 """Tried are none, a quarter, half, three quarters and all of the blocks."""
 
@@ -156,9 +157,13 @@ def measure_training(subject: TrainingSubject, effort: Effort) -> Measured:
     config, device = subject.config, subject.world.device
     depth = config.model.depth
     numbers = sorted({depth * part // PARTS for part in range(PARTS + 1)})
+    failures = Failures()
     peaks = _try_each(subject, numbers, compiled=False)
     if effort.compiled:
-        peaks |= _try_each(subject, numbers, compiled=True)
+        with failures.allowed(COMPILED):
+            peaks |= _try_each(subject, numbers, compiled=True)
+        if COMPILED in failures:
+            subject.rebuild()
     fitting = [setting for setting, peak in peaks.items() if peak is not None]
     if not fitting:
         raise _too_large(config)
@@ -170,7 +175,8 @@ def measure_training(subject: TrainingSubject, effort: Effort) -> Measured:
         **{setting.name(depth): subject.step(setting) for setting in fitting},
         CEILING: products,
     }
-    products()  # warm, as the steps are
+    for action in actions.values():
+        action()  # a new engine has no optimizer's state yet
     with progress("train", unit="rounds") as on_progress:
         timings = interleave(actions, device, on_progress=on_progress, **effort.bounds)
     ceiling = product_flops / timings[CEILING].percentile(50)
@@ -202,6 +208,7 @@ def measure_training(subject: TrainingSubject, effort: Effort) -> Measured:
             )
         )
     bare = timings[CEILING]
+    rows += failures.rows()
     rows.append(
         Row(
             variant=CEILING,
@@ -220,11 +227,11 @@ def _try_each(
 ) -> dict[Setting, int | None]:
     """Memory of a step for each number of recomputed blocks; None where it does not fit.
 
-    The one that needs least goes first: whatever needs more than one that fails fails too.
+    The one that needs least goes first: whatever needs more than one that fails fails too. After
+    one that fails the engine, whose gradients are half done, is made anew.
     """
     device = subject.world.device
     found: dict[Setting, int | None] = {Setting(blocks, compiled): None for blocks in numbers}
-    least = Setting(numbers[-1], compiled)
     with progress("prepare compiled" if compiled else "prepare", unit="variants") as on_progress:
         for done, setting in enumerate(reversed(found), 1):
             step = subject.step(setting)
@@ -236,23 +243,21 @@ def _try_each(
                 step()
                 wait_for(device)
             if failed:
-                if setting != least:
-                    _begin_again(subject, least)
+                _begin_again(subject)
                 break
             found[setting] = peak_memory_bytes(device)
             on_progress(done, len(numbers), {})
     return found
 
 
-def _begin_again(subject: TrainingSubject, setting: Setting) -> None:
-    """A new engine after one ran out of memory, and a step of what fitted before."""
+def _begin_again(subject: TrainingSubject) -> None:
+    """A new engine after one ran out of memory."""
     with _out_of_memory_passes() as failed:
         subject.rebuild()
-        subject.step(setting)()
     if failed:
         raise UserError(
-            f"a step with {setting.recomputed} blocks recomputed fitted, but no longer after one "
-            "that did not; measure on a device that nothing else uses, or take a smaller --batch"
+            "the memory of a step that did not fit could not be had back; measure on a device that "
+            "nothing else uses, or take a smaller --batch"
         )
 
 

@@ -23,6 +23,7 @@ from pipeline.lock import writing
 from pipeline.store import DatasetPath, Store, open_store
 from streamdit.errors import UserError
 from streamdit.io import read_model_config
+from training.config import LaunchConfig
 
 REQUEST_FILE = "request.json"
 CLIPS_PER_FILE = 32
@@ -154,7 +155,7 @@ def _make_missing(
     ]
     total = sum(len(unit.positions) for unit in units)
     done = total - sum(len(unit.positions) for unit in missing)
-    for unit in _work_off(actors, missing):
+    for unit in _work_off(actors, missing, launch):
         done += len(unit.positions)
         if on_progress is not None:
             on_progress(done, total, {})
@@ -206,7 +207,7 @@ def plan_units(dataset: DatasetPath, per_clip: int) -> list[Unit]:
     return units
 
 
-def _work_off(actors: Sequence[Any], units: Sequence[Unit]) -> Iterator[Unit]:
+def _work_off(actors: Sequence[Any], units: Sequence[Unit], launch: LaunchConfig) -> Iterator[Unit]:
     """Give every actor one unit at a time, once it is up; yields the units as they are done.
 
     A cluster may have no room for some of the actors yet, or ever: the others do their part.
@@ -219,7 +220,7 @@ def _work_off(actors: Sequence[Any], units: Sequence[Unit]) -> Iterator[Unit]:
     while waiting or running:
         while not (ready := ray.wait([*starting, *running], num_returns=1, timeout=PATIENCE_S)[0]):
             if not running:
-                say(_why_none_starts(len(starting)))
+                say(_why_none_starts(len(starting), launch))
         (finished,) = ready
         ray.get(finished)
         if finished in starting:
@@ -238,15 +239,18 @@ def _work_off(actors: Sequence[Any], units: Sequence[Unit]) -> Iterator[Unit]:
             yield done
 
 
-def _why_none_starts(actors: int) -> str:
-    """What a cluster that has no room for any actor has."""
+def _why_none_starts(actors: int, launch: LaunchConfig) -> str:
+    """What actors need, and what the cluster has."""
     import ray
 
-    has = ray.cluster_resources()
-    room = ", ".join(f"{has.get(kind, 0):g} {kind}" for kind in ("CPU", "GPU"))
+    def resources(values: dict[str, float]) -> str:
+        return " and ".join(f"{values.get(kind, 0):g} {kind}" for kind in ("CPU", "GPU"))
+
+    needed = resources({"CPU": launch.cpus_per_worker, "GPU": launch.use_gpu})
     return (
-        f"none of {actors} actors has started yet: the cluster has {room} in all, of which each "
-        "takes launch.cpus_per_worker CPU, and 1 GPU unless launch.use_gpu=false"
+        f"none of {actors} actors is up yet: each takes {needed}; the cluster has "
+        f"{resources(ray.cluster_resources())}, of which {resources(ray.available_resources())} "
+        "are free now (an actor that has its place may still load the teacher)"
     )
 
 

@@ -126,7 +126,8 @@ class RunConfig(StrictModel):
     """What every run of the trainer has, whatever its objective."""
 
     free_parts: ClassVar[dict[str, Any]] = {}
-    """Of the settings that an objective adds, those that may change between parts of a run."""
+    """Of the settings that an objective adds, those that may change between parts of a run, with
+    what stands for them in the run's identity."""
 
     steps: int = Field(gt=0)
     """Optimizer steps."""
@@ -220,10 +221,10 @@ class TrainConfig(RunConfig):
     """How the trained model is sampled by default."""
     caption_dropout: float = Field(default=0.1, ge=0, le=1)
     """Share of samples whose caption is replaced by the empty one, for guidance."""
-    loss_weighting: LossWeighting = "uniform"
+    loss_weighting: LossWeighting = Field(default="uniform", exclude_if=lambda w: w == "uniform")
     """How the loss of a frame counts by its noise level: all alike, or weighted by a density that
-    favours the middle of the path, `logit-normal` or `cosmap` (arXiv:2403.03206). Losses per chunk
-    size and noise segment are logged without it."""
+    favours the middle of the path, `logit-normal` or `cosmap` (arXiv:2403.03206), over what γ
+    draws. Losses per chunk size and noise segment are logged without it."""
 
     @model_validator(mode="after")
     def _check_schemes(self) -> TrainConfig:

@@ -63,12 +63,11 @@ class ExponentialMovingAverage:
     @contextmanager
     def model_averaged(self) -> Iterator[None]:
         """Within the context the model computes with the averaged weights; on all ranks."""
-        try:
-            with self.swapped_in():
-                publish_masters(self.engine)
-                yield
-        finally:
+        with self.swapped_in():
             publish_masters(self.engine)
+            yield
+        # Not after an error, which other ranks may not have had: they would not be here.
+        publish_masters(self.engine)
 
     @torch.no_grad()
     def _swap(self) -> None:

@@ -126,7 +126,7 @@ def build_engine(module: nn.Module, config: RunConfig, world: World) -> Any:
         lr=config.optimizer.learning_rate,
         betas=config.optimizer.betas,
         weight_decay=config.optimizer.weight_decay,
-        fused=fused_by_default(config, world.device),
+        fused=fused_by_default(config, world.device) or None,  # else as PyTorch chooses
     )
     return initialize_deepspeed(
         world.device, module, deepspeed_config(config, world.size), optimizer
@@ -138,6 +138,20 @@ def fused_by_default(config: RunConfig, device: torch.device) -> bool:
     if config.optimizer.fused is not None:
         return config.optimizer.fused
     return device.type == "cuda" and not config.offload_optimizer
+
+
+def settle_optimizer(engine: Any, config: RunConfig, world: World) -> None:
+    """Let the settings say how AdamW runs, whatever a checkpoint did.
+
+    As one kernel it counts its steps on the device of what it steps.
+    """
+    fused = fused_by_default(config, world.device)
+    adam = engine.optimizer.optimizer
+    for group in adam.param_groups:
+        group["fused"] = fused or None
+    for parameter, state in adam.state.items():
+        if "step" in state:
+            state["step"] = state["step"].to(parameter.device if fused else "cpu")
 
 
 def initialize_deepspeed(

@@ -75,7 +75,7 @@ class SkippedSteps:
         return path
 
 
-VALIDATING = "in validation"
+VALIDATING, READING, SAVING = "in validation", "reading", "saving"
 """Where memory ran out, as :func:`memory_errors` is told."""
 
 
@@ -119,10 +119,13 @@ def memory_errors(
         elif where == VALIDATING:
             settings = {"videos": config.validation.videos, "samples": config.validation.samples}
             remedies += [f"validation.{name}=0" for name, count in settings.items() if count]
-        if config.zero_stage < 3:
-            remedies.append(f"zero_stage={config.zero_stage + 1}")
-        if not config.offload_optimizer:
-            remedies.append("offload_optimizer=true")
+        if where == READING:
+            remedies += ["a smaller data.cache_mb", "fewer data.processes"]
+        else:
+            if config.zero_stage < (2 if config.compile_blocks else 3):
+                remedies.append(f"zero_stage={config.zero_stage + 1}")
+            if not config.offload_optimizer:
+                remedies.append("offload_optimizer=true")
         parameters = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
         during = "" if batches else f"{where} "
         raise UserError(

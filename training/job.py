@@ -20,11 +20,11 @@ MakeObjective = Callable[..., Any]
 
 FREE_SETTINGS = (
     *("launch", "tracking", "data", "log_every", "checkpoint", "validation", "skip_limit"),
-    *("micro_batch", "zero_stage", "offload_optimizer", "activation_checkpointing"),
-    "compile_blocks",
+    *("micro_batch", "zero_stage", "offload_optimizer"),
+    *("activation_checkpointing", "compile_blocks"),
 )
 """Settings that may change between parts of a run: its numbers stay the same, with those of the
-second line up to rounding."""
+second and third line up to rounding."""
 
 
 @dataclass(frozen=True)
@@ -71,8 +71,9 @@ class TrainJob:
 
     def identity(self) -> dict[str, Any]:
         """All that decides the run's numbers: configuration, data set and parent."""
-        free = dict.fromkeys(FREE_SETTINGS, True) | self.config.free_parts
-        settings = self.config.model_dump(mode="json", exclude=free)
+        settings = self.config.model_dump(mode="json", exclude=set(FREE_SETTINGS))
+        for part, values in self.config.free_parts.items():
+            settings[part] |= values
         for name in ("model", "partition", "sampling"):
             settings[name] = getattr(self, name).model_dump(mode="json")
         settings["dataset"] = open_store(self.dataset).sha256(MANIFEST_FILE)

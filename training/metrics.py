@@ -180,6 +180,8 @@ def format_line(row: dict[str, Any], steps: int) -> str:
         parts.append(f"grad norm {row['gradient_norm']:.3g}  lr {row['learning_rate']:.3g}")
     if "validation_loss" in row:
         parts.append(f"held-out {row['validation_loss']:.4f}")
+    if "validation_videos" in row:
+        parts.append(f"{row['validation_videos']:.0f} videos")
     if row.get("skipped_steps"):
         parts.append(f"{row['skipped_steps']} steps skipped")
     if "samples_per_s" in row:

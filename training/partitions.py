@@ -78,10 +78,9 @@ def fragments(engine: Any) -> list[Fragment]:
 def adam_state(engine: Any, step: int) -> list[dict[str, Tensor]]:
     """Fresh moments for every flat tensor, as after `step` updates; to be filled by the caller."""
     states = []
-    fused = engine.optimizer.optimizer.defaults["fused"]  # which counts steps where it runs
     for parameter in _flat_parameters(engine):
         state = {
-            "step": torch.tensor(float(step), device=parameter.device if fused else None),
+            "step": torch.tensor(float(step)),
             "exp_avg": torch.zeros_like(parameter.data),
             "exp_avg_sq": torch.zeros_like(parameter.data),
         }

@@ -7,7 +7,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -380,6 +380,8 @@ def _run_for(client: Any, experiment_id: str, config: StreamDiTConfig, name: str
 
     That one stays as it ended. Otherwise a run is made for the registration alone.
     """
+    from mlflow.exceptions import MlflowException
+
     made_by = config.lineage.get("run_id")
     if made_by and not is_gone(client, made_by):
         yield str(made_by)
@@ -388,7 +390,8 @@ def _run_for(client: Any, experiment_id: str, config: StreamDiTConfig, name: str
     try:
         yield own
     except BaseException:
-        client.set_terminated(own, "FAILED")
+        with suppress(MlflowException):  # the store may be what failed
+            client.set_terminated(own, "FAILED")
         raise
     client.set_terminated(own, "FINISHED")
 

@@ -15,8 +15,8 @@ from streamdit.model.memory import recomputed_blocks
 from training.checkpoint import CheckpointFacts, load_checkpoint, save_checkpoint
 from training.data import Batch, LatentDataset
 from training.ema import ExponentialMovingAverage
-from training.engine import World, set_learning_rate
-from training.failures import VALIDATING, SkippedSteps, memory_errors
+from training.engine import World, set_learning_rate, settle_optimizer
+from training.failures import READING, SAVING, VALIDATING, SkippedSteps, memory_errors
 from training.job import TrainJob
 from training.loader import BatchLoader
 from training.means import Means
@@ -36,6 +36,10 @@ class MicroLoss(NamedTuple):
     loss: Tensor
     clips: int
     figures: Figures
+
+
+VIDEOS = "validation_videos"
+"""Figure that tells that videos were made."""
 
 
 class Run:
@@ -81,6 +85,7 @@ class Run:
         facts = load_checkpoint(
             self.checkpoints, engine, ema, world, config.zero_stage, self.fingerprint
         )
+        settle_optimizer(engine, config, world)
         self.step = self.saved_step = facts.step if facts else 0
         self.skipped = SkippedSteps(
             Path(job.out) / "skipped",
@@ -141,7 +146,7 @@ class Run:
         """Micro-batches of each step that is left; to read ahead takes memory too."""
         steps = iter(self.loader.steps(self.step, self.config.steps, self.world.device))
         while True:
-            with memory_errors(self.config, self.engine.module, (), self.world, "reading"):
+            with memory_errors(self.config, self.engine.module, (), self.world, READING):
                 batches = next(steps, None)
             if batches is None:
                 return
@@ -170,10 +175,12 @@ class Run:
         """Whether the run ended between the checkpoint it goes on from and that step's figures."""
         if not (self.step and self._due(self.config.validation.every)):
             return False
-        if not (len(self.held_out) and self.config.validation.samples):
+        settings = self.config.validation
+        if not (len(self.held_out) and (settings.samples or settings.videos)):
             return False
+        wanted = "validation_loss" if settings.samples else VIDEOS
         rows = read_metrics(self.job.metrics_path) if self.world.is_main else ()
-        known = any(row["step"] == self.step and "validation_loss" in row for row in rows)
+        known = any(row["step"] == self.step and wanted in row for row in rows)
         return not any(self.world.gather(known))
 
     def _train_step(
@@ -249,6 +256,7 @@ class Run:
                     done = self._add_held_out_figures(figures, stop)
                 if done and settings.videos:
                     done = self._sample_videos(settings.videos, stop)
+                    figures[VIDEOS] = float(settings.videos)
         self.engine.train()
         if done and figures:
             self.records.write(self.step, figures)
@@ -291,7 +299,7 @@ class Run:
             skipped_steps=self.skipped.count,
             skipped_in_a_row=self.skipped.in_a_row,
         )
-        with memory_errors(self.config, self.engine.module, (), self.world, "saving"):
+        with memory_errors(self.config, self.engine.module, (), self.world, SAVING):
             folder = save_checkpoint(
                 self.checkpoints,
                 self.engine,

@@ -1,7 +1,8 @@
 """How the loss of a frame counts by its noise level.
 
-A buffer's levels are those of its partition, so they cannot be drawn from a density that training
-prefers; weighing the loss by that density gives the same expected gradient as drawing from it.
+A buffer's levels are those of its partition and of γ, so they cannot be drawn from a density that
+training prefers; weighing the loss by that density comes to the same where γ is linear. Where it is
+not, what counts is the product of both.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ LossWeighting = Literal["uniform", "logit-normal", "cosmap"]
 
 
 def noise_weights(weighting: LossWeighting, tau: Tensor) -> Tensor:
-    """Weights of frames at `tau`, of mean 1 over a uniform tau, in its shape and dtype.
+    """Weights of frames at `tau`, in its shape and dtype; their mean over a uniform tau is 1.
 
     Args:
         weighting: `uniform` (arXiv:2507.03745v4, Eq. 3: all alike), or a density of

@@ -35,9 +35,9 @@ def compile_for_fixed_shapes(
 
 
 def compile_for_any_shape(function: Callable[..., Result]) -> Callable[..., Result]:
-    """`function` compiled, with versions for the sizes that stay and one for those that change.
+    """`function` compiled for the sizes of its first call.
 
-    The first two sizes of an axis that changes, such as the tokens of texts, are compiled for.
+    An axis that changes later, such as the tokens of texts, is compiled once more, for any size.
     """
     compiled = torch.compile(function, dynamic=None, fullgraph=True)
 

@@ -49,16 +49,16 @@ class OutputLayer(nn.Module):
         return output
 
 
-def run_block(block: nn.Module, *arguments: Any) -> Tensor:
+def apply_block(block: nn.Module, *arguments: Any) -> Tensor:
     """A block on its arguments."""
     output: Tensor = block(*arguments)
     return output
 
 
 @functools.cache
-def compiled_run_block() -> Callable[..., Tensor]:
+def compiled_block() -> Callable[..., Tensor]:
     """The same compiled: once for all blocks alike, of regular and of shifted windows."""
-    return compile_for_any_shape(run_block)
+    return compile_for_any_shape(apply_block)
 
 
 class StreamDiT(nn.Module):
@@ -126,7 +126,7 @@ class StreamDiT(nn.Module):
         time, shared = self.embed_time(tau)
         x = self.embed_latents(latents)
         recomputed = recomputed_blocks(self.activation_checkpointing, len(self.blocks))
-        run = compiled_run_block() if self.compile_blocks else run_block
+        run = compiled_block() if self.compile_blocks else apply_block
         for index, block in enumerate(self.blocks):
             arguments = (block, x, time, shared, text, contexts[index % 2])
             if index < recomputed and torch.is_grad_enabled():

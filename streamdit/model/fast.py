@@ -276,6 +276,8 @@ def check_supported(config: FastConfig, device: torch.device, dtype: torch.dtype
     Raises:
         UserError: naming the switch to turn off.
     """
+    if config.autotune and not config.compile:
+        raise UserError("autotune tunes what is compiled; set compile: true, or autotune: false")
     if config.cuda_graph and not config.text_memory:
         raise UserError(
             "cuda_graph replays a step whose text memories stay in place; set text_memory: true, "

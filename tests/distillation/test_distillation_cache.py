@@ -243,7 +243,7 @@ def test_manifest_is_not_written_before_every_file_has_arrived(folder, tmp_path,
     """As when actors on other nodes write into a folder of their own."""
     import jobs.rollouts
 
-    monkeypatch.setattr(jobs.rollouts, "_work_off", lambda actors, units: iter(units))
+    monkeypatch.setattr(jobs.rollouts, "_work_off", lambda actors, units, launch: iter(units))
     with ray_runtime(), pytest.raises(UserError, match=r"and 1 more\) was made but is not there"):
         make_rollouts(folder / "data", folder / "model", tmp_path, settings(), 1)
     assert not (tmp_path / "manifest.json").exists()
@@ -366,7 +366,5 @@ def test_a_cluster_without_room_for_any_actor_is_said_and_waited_for(
     monkeypatch.setattr("jobs.rollouts.PATIENCE_S", 0.2)
     monkeypatch.setattr("jobs.rollouts.say", tell)
     wide = settings(launch={"workers": 2, "cpus_per_worker": 2})
-    with pytest.raises(
-        Told, match="none of 2 actors has started yet: the cluster has 1 CPU, 0 GPU"
-    ):
+    with pytest.raises(Told, match="each takes 2 CPU and 0 GPU; the cluster has 1 CPU and 0 GPU"):
         make_rollouts(folder / "data", folder / "model", tmp_path / "out", wide, 1)

@@ -9,7 +9,7 @@ from jobs.bench_rows import CEILING
 from jobs.bench_subject import (
     most_text_tokens,
 )
-from jobs.bench_train import TrainingSubject
+from jobs.bench_train import COMPILED, TrainingSubject
 from jobs.cli import app
 from jobs.config import load_config
 from streamdit.model.flops import count_flops
@@ -91,12 +91,29 @@ def test_what_a_training_step_is_not_measured_with_is_refused(one_worker, settin
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_training_step_is_also_measured_compiled(tmp_path, one_worker):
+    from torch._dynamo.utils import counters
+
+    torch._dynamo.reset()
+    counters.clear()
     figures, _ = bench(tmp_path, "train", "--compile", "precision=float32", "model.depth=1")
     rows = {row["variant"]: row for row in figures["rows"]}
     names = ["nothing recomputed", "1 of 1 blocks recomputed"]
     assert list(rows) == [*names, *(f"{name}, compiled" for name in names), CEILING]
     assert all(row["p50_ms"] > 0 for row in rows.values())
+    assert counters["stats"]["unique_graphs"] > 0
     assert "nothing recomputed, compiled ÷ nothing recomputed" in figures["ratios"]
     result = CliRunner().invoke(app, ["bench", "train", "--compile", "zero_stage=3"])
     assert result.exit_code == 2
     assert "set zero_stage=2" in result.stderr
+
+
+def test_eager_steps_are_measured_where_blocks_do_not_compile(tmp_path, one_worker, monkeypatch):
+    def breaks():
+        raise RuntimeError("no compiler here")
+
+    monkeypatch.setattr("streamdit.model.dit.compiled_block", breaks)
+    figures, _ = bench(tmp_path, "train", "--compile", "precision=float32", "model.depth=1")
+    rows = {row["variant"]: row for row in figures["rows"]}
+    assert rows["nothing recomputed"]["p50_ms"] > 0
+    assert rows[COMPILED]["verdict"] == "failed: RuntimeError: no compiler here"
+    assert "nothing recomputed, compiled" not in rows

@@ -264,17 +264,19 @@ def test_memory_that_runs_out_between_steps_is_one_line_too(
         monkeypatch.setattr("training.loader.BatchLoader.collate", allocate)
     else:
         monkeypatch.setattr("training.run.save_checkpoint", allocate)
-    with pytest.raises(UserError, match=rf"^out of memory {what} on rank 0 \(cpu\): .* try "):
+    remedy = {"reading": "a smaller data.cache_mb", "saving": "zero_stage=2"}[what]
+    told = rf"^out of memory {what} on rank 0 \(cpu\): .* try {remedy}"
+    with pytest.raises(UserError, match=told):
         train(dataset_dir, tmp_path / "out", validation={"samples": 0})
 
 
-@pytest.mark.parametrize("during", ["validation", "videos"])
+@pytest.mark.parametrize(("during", "samples"), [("validation", 2), ("videos", 2), ("videos", 0)])
 @pytest.mark.parametrize("at", [2, 6])
 def test_a_request_to_stop_does_not_wait_for_a_validation(
-    dataset_dir, tmp_path, monkeypatch, during, at
+    dataset_dir, tmp_path, monkeypatch, during, samples, at
 ):
     """What was not validated is so by whoever continues, and the figures are the same."""
-    validation = {"every": at, "samples": 2, "videos": 2}
+    validation = {"every": at, "samples": samples, "videos": 2}
     train(dataset_dir, tmp_path / "straight", validation=validation)
     name = {"validation": "training.run.validate", "videos": "training.run.sample_videos"}[during]
     whole = {"validation": validate, "videos": sample_videos}[during]
@@ -289,14 +291,14 @@ def test_a_request_to_stop_does_not_wait_for_a_validation(
         with pytest.raises(Interrupted, match=f"stopped at step {at}; the same command continues"):
             train(dataset_dir, out, validation=validation)
     assert find_checkpoints(out / "checkpoints")[0].name == f"step-{at:08d}"
-    assert not any("validation_loss" in row for row in read_metrics(out / "metrics.jsonl"))
+    assert not any("validation_videos" in row for row in read_metrics(out / "metrics.jsonl"))
     train(dataset_dir, out, validation=validation)
 
     def validated(folder):
-        rows = read_metrics(folder / "metrics.jsonl")
-        return [(row["step"], row["validation_loss"]) for row in rows if "validation_loss" in row]
+        return [row for row in read_metrics(folder / "metrics.jsonl") if "validation_videos" in row]
 
     assert validated(out) == validated(tmp_path / "straight")
+    assert [row["step"] for row in validated(out)] == list(range(at, 7, at))
     assert losses(out) == losses(tmp_path / "straight")
     videos = [len(list(f.glob(f"samples/step-{at:08d}/*"))) for f in (out, tmp_path / "straight")]
     assert videos == [2, 2]

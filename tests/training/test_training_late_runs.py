@@ -14,7 +14,7 @@ from streamdit.errors import UserError
 from training import tracking
 from training.config import TrackingConfig
 from training.loop import train_loop
-from training.records import Records, known_run, send_left
+from training.records import Records, known_run, outbox_path, send_left
 from training.tracking import Tracker
 
 
@@ -135,7 +135,13 @@ def dataset_dir(tmp_path_factory):
     return write_dataset(tmp_path_factory.mktemp("data") / "dataset")
 
 
-def late_training(dataset_dir, tmp_path, monkeypatch, on_step):
+def late_job(dataset_dir, tmp_path):
+    """A job that may begin while its store is away."""
+    store = {"directory": str(tmp_path / "mlflow"), "system_every_s": 0.05}
+    return replace(tiny_job(dataset_dir, tmp_path / "out", tracking=store), store_may_be_away=True)
+
+
+def late_training(job, monkeypatch, on_step):
     """A training whose store is away when it begins; `on_step` is told the steps it writes."""
     write = Records.write
 
@@ -145,10 +151,7 @@ def late_training(dataset_dir, tmp_path, monkeypatch, on_step):
 
     monkeypatch.setattr(Records, "write", told)
     monkeypatch.setattr("training.outbox.CLOSE_WAIT_S", 1.0)
-    store = {"directory": str(tmp_path / "mlflow"), "system_every_s": 0.05}
-    job = replace(tiny_job(dataset_dir, tmp_path / "out", tracking=store), store_may_be_away=True)
     train_loop(job)
-    return job
 
 
 def found_run(job, tmp_path):
@@ -167,11 +170,13 @@ def test_machines_are_watched_from_the_beginning_of_a_run_that_is_made_later(
     dataset_dir, tmp_path, monkeypatch, store_away
 ):
     def come_back(step):
+        if step == 1:  # first there are samples without a run
+            wait_for(outbox_path(job, socket.gethostname()).exists)
         if step == 5:
-            time.sleep(0.2)  # for a few samples before there is a run
             store_away.clear()
 
-    job = late_training(dataset_dir, tmp_path, monkeypatch, come_back)
+    job = late_job(dataset_dir, tmp_path)
+    late_training(job, monkeypatch, come_back)
     run, samples = found_run(job, tmp_path)
     assert run.info.status == "FINISHED"
     assert min(sample.step for sample in samples) < 5
@@ -181,12 +186,14 @@ def test_machines_are_watched_from_the_beginning_of_a_run_that_is_made_later(
 def test_what_machines_left_of_a_run_that_was_never_made_joins_the_one_run(
     dataset_dir, tmp_path, monkeypatch, store_away
 ):
-    job = late_training(dataset_dir, tmp_path, monkeypatch, lambda step: time.sleep(0.05))
+    job = late_job(dataset_dir, tmp_path)
+    outbox = outbox_path(job, socket.gethostname())
+    late_training(job, monkeypatch, lambda step: step > 1 or wait_for(outbox.exists))
     assert len(list((tmp_path / "out").glob("mlflow-outbox*"))) >= 2
     store_away.clear()
     assert send_left(job) == 0
     run, samples = found_run(job, tmp_path)
     assert run.info.status == "FINISHED"
-    assert len(samples) > 1
+    assert samples
     assert run.data.metrics["loss"] > 0
     assert not list((tmp_path / "out").glob("mlflow-outbox*"))

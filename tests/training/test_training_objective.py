@@ -197,7 +197,7 @@ def test_reference_frames_and_weights_of_the_mixture_are_drawn_as_configured():
 
 @pytest.mark.parametrize("weighting", ["uniform", "logit-normal", "cosmap"])
 def test_weights_by_noise_level_are_densities(weighting):
-    """Their mean over the path is 1, so a learning rate means the same under any."""
+    """Their mean over the path is 1."""
     tau = (torch.arange(100_000, dtype=torch.float64) + 0.5) / 100_000
     weights = noise_weights(weighting, tau)
     assert weights.mean() == pytest.approx(1.0, abs=1e-4)

@@ -20,6 +20,7 @@ from streamdit.io import load_model
 from streamdit.model import build_dit
 from training.checkpoint import find_checkpoints, read_facts
 from training.config import TrainConfig
+from training.engine import fused_by_default
 from training.metrics import read_metrics
 from training.objective import FlowMatching
 from training.revision import git_revision
@@ -245,10 +246,16 @@ def test_learning_rate_and_clipping_reach_the_optimizer(dataset_dir, tmp_path):
 @pytest.mark.parametrize("recomputed", [False, 1])
 def test_compiled_blocks_train_as_eager_ones_do(dataset_dir, tmp_path, recomputed):
     """Texts of any length too, in validation without gradients, and resumed in eager mode."""
+    from torch._dynamo.utils import counters
+
+    torch._dynamo.reset()
+    counters.clear()
     options = {"activation_checkpointing": recomputed, "validation": {"every": 3, "samples": 4}}
     train(dataset_dir, tmp_path / "eager", **options)
     compiled = tmp_path / "compiled"
+    assert not counters["stats"]["unique_graphs"]
     train(dataset_dir, compiled, crash_at=4, compile_blocks=True, **options)
+    assert counters["stats"]["unique_graphs"] >= 2
     assert losses(compiled) == pytest.approx(
         {step: loss for step, loss in losses(tmp_path / "eager").items() if step <= 4}, rel=1e-4
     )
@@ -266,9 +273,19 @@ def test_blocks_are_not_compiled_where_weights_come_and_go(settings, told):
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_one_kernel_of_adam_resumes_exactly_and_at_another_stage(dataset_dir, tmp_path, stage):
+def test_one_kernel_of_adam_resumes_exactly_and_at_another_stage(
+    dataset_dir, tmp_path, stage, monkeypatch
+):
+    steps, kernel = [], torch._fused_adamw_
+
+    def counted(*arguments, **options):
+        steps.append(1)
+        return kernel(*arguments, **options)
+
+    monkeypatch.setattr(torch, "_fused_adamw_", counted)
     fused = {"optimizer": {"learning_rate": 1e-3, "fused": True}, "validation": {"samples": 0}}
     train(dataset_dir, tmp_path / "straight", zero_stage=stage, **fused)
+    assert len(steps) == 6
     out = tmp_path / "out"
     train(dataset_dir, out, crash_at=4, zero_stage=stage, **fused)
     assert len(losses(out)) < 6
@@ -278,6 +295,68 @@ def test_one_kernel_of_adam_resumes_exactly_and_at_another_stage(dataset_dir, tm
     train(dataset_dir, other, crash_at=4, zero_stage=stage, **fused)
     train(dataset_dir, other, zero_stage=1 + stage % 3, **fused)
     assert losses(other) == pytest.approx(losses(tmp_path / "straight"), rel=1e-5)
+    fused_steps = len(steps)
+    assert fused_steps >= 3 * 6
     plain = {"optimizer": {"learning_rate": 1e-3}, "validation": {"samples": 0}}
     train(dataset_dir, tmp_path / "plain", zero_stage=stage, **plain)
+    assert len(steps) == fused_steps
     assert losses(tmp_path / "plain") == pytest.approx(losses(tmp_path / "straight"), rel=1e-4)
+
+
+def test_adam_is_one_kernel_on_a_gpu_unless_the_host_steps(dataset_dir, tmp_path):
+    def chosen(device, **changes):
+        return fused_by_default(tiny_job(dataset_dir, tmp_path, **changes).config, device)
+
+    cuda, cpu = torch.device("cuda"), torch.device("cpu")
+    assert (chosen(cuda), chosen(cpu)) == (True, False)
+    assert not chosen(cuda, offload_optimizer=True)
+    asked = {"learning_rate": 1e-3, "fused": True}
+    assert chosen(cpu, optimizer=asked)
+    assert not chosen(cuda, optimizer=asked | {"fused": False})
+
+
+def test_settings_that_are_new_do_not_make_other_runs_of_those_begun_before(dataset_dir, tmp_path):
+    identity = tiny_job(dataset_dir, tmp_path).identity()
+    assert not {"loss_weighting", "compile_blocks"} & set(identity)
+    assert "fused" not in identity["optimizer"]
+
+
+TWO_WORKERS = """
+import os, signal, sys
+import torch.distributed as dist
+import training.run
+from training.validation import validate
+from training_runs import train
+dist.init_process_group("gloo")
+
+def asked_to_stop(*arguments):
+    if dist.get_rank() == 1:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return validate(*arguments)
+
+training.run.validate = asked_to_stop
+try:
+    train(sys.argv[1], sys.argv[2], validation={"every": 2, "samples": 4}, zero_stage=3)
+finally:
+    dist.destroy_process_group()
+"""
+
+
+def test_one_worker_that_is_asked_to_stop_in_a_validation_stops_all(dataset_dir, tmp_path):
+    script, root = tmp_path / "workers.py", Path(__file__).parents[2]
+    script.write_text(TWO_WORKERS)
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+            *("--nproc-per-node=2", script, dataset_dir, tmp_path / "out"),
+        ],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": f"{root}{os.pathsep}{root / 'tests'}"},
+        timeout=240,
+        check=False,
+    )
+    assert "stopped at step 2; the same command continues" in done.stderr
+    assert find_checkpoints(tmp_path / "out" / "checkpoints")[0].name == "step-00000002"
+    train_together(tmp_path, [{"dataset": dataset_dir, "out": tmp_path / "out", "zero_stage": 3}])
+    assert sorted(losses(tmp_path / "out")) == [1, 2, 3, 4, 5, 6]
