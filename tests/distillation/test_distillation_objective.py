@@ -4,6 +4,8 @@ import pickle
 
 import pytest
 import torch
+from fast_step import SHAPE as FAST_SHAPE
+from fast_step import model_for, prompt
 
 from distillation.config import DriftConfig
 from distillation.objective import MultistepDistillation
@@ -419,3 +421,26 @@ def test_nothing_flows_into_the_teacher_nor_through_the_streams_that_made_the_bu
     assert (len(seen) > 1) == (drift is not None)
     rollout = objective.source(student, batch_of(torch.randn(6, *SHAPE)), draws)
     assert not rollout.target.requires_grad
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-9), (torch.bfloat16, 1e-4)])
+def test_a_network_is_its_own_perfect_student_in_the_precision_of_the_run(dtype, bound):
+    """One unguided step leaves nothing to learn but how attention rounds.
+
+    On a CPU it has another kernel where gradients are wanted.
+    """
+    network = model_for().to(dtype)
+    scheme = PartitionScheme(K=0, N=4, c=1, s=1)
+    objective = distillation(network, scheme)
+    draws = stack_draws(
+        [
+            objective.draw(torch.Size((4, *FAST_SHAPE)), torch.Generator().manual_seed(seed), 0.0)
+            for seed in range(6)
+        ]
+    )
+    text, latents = prompt(0, 6), torch.randn(6, 4, *FAST_SHAPE)
+    batch = Batch(latents, text, prompt(1, 1), ["c"] * 6, list(range(6)))
+    loss, _ = objective(network, batch, draws)
+    assert loss < bound
+    other = model_for(seed=4).to(dtype)
+    assert objective(other, batch, draws)[0] > 0.1

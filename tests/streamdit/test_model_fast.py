@@ -176,6 +176,7 @@ def test_a_step_reads_no_tensor_on_the_host(guidance):
     [
         ({"cuda_graph": True}, "cuda_graph needs a CUDA device, but the stream runs on cpu"),
         ({"cuda_graph": True, "text_memory": False}, "set text_memory: true, or cuda_graph: false"),
+        ({"autotune": True}, "set compile: true, or autotune: false"),
     ],
 )
 def test_what_the_device_cannot_do_is_refused(config, message):
