@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import shutil
@@ -27,6 +28,7 @@ from streamdit.partition import PartitionScheme
 from streamdit.registered import refuse_pickles
 from training.config import TrackingConfig
 from training.model_card import CARD_FILE, SAMPLE_FILE, model_card
+from training.records import RUN_FILE
 from training.revision import git_revision
 from training.tracking import ALREADY_EXISTS, connect, is_gone, use_store
 
@@ -126,7 +128,7 @@ def register(
     check_scores(scores)
     if promotion is not None:
         check_metric(promotion, scores)
-    config = read_model_config(model_directory)
+    config = with_run_id(read_model_config(model_directory), Path(model_directory))
     load_weights(model_directory, config)  # refuses damaged weights before anybody can load them
     client, experiment_id = connect(tracking)
     # It stays so, for `streamdit.load("models:/...")` in this process to find the same store.
@@ -372,6 +374,21 @@ def _teacher_tags(client: Any, config: StreamDiTConfig) -> dict[str, str]:
     if known:
         tags["teacher"] = f"{known[0].name}/{known[0].version}"
     return tags
+
+
+def with_run_id(config: StreamDiTConfig, directory: Path) -> StreamDiTConfig:
+    """The configuration of a model in its run's directory, with a run that was made after it was.
+
+    Where the store was away from the beginning of a run to its end, the model knows of no run.
+    """
+    path = directory.parent / RUN_FILE
+    if config.lineage.get("run_id") or not path.is_file():
+        return config
+    known = json.loads(path.read_text())
+    if known["fingerprint"] != config.lineage.get("fingerprint"):
+        return config
+    lineage = {**config.lineage, "run_id": known["run_id"]}
+    return config.model_copy(update={"lineage": lineage})
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from latent_dataset import train_settings, write_dataset
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from training_runs import train, train_together
 
 from jobs.cli import app
@@ -213,3 +213,15 @@ def test_shards_of_several_workers_and_stages_are_what_deepspeed_makes_of_them(d
         theirs = get_fp32_state_dict_from_zero_checkpoint(str(folder), "deepspeed")
         export_checkpoint(run["out"], tmp_path / "out", weights="raw")
         assert_equal(weights(tmp_path / "out"), dict(theirs))
+
+
+def test_what_was_not_written_as_it_is_in_memory_is_no_model(run, tmp_path, monkeypatch):
+    def failing_disk(tensors, path, metadata):
+        name = next(iter(tensors))
+        save_file({**tensors, name: tensors[name] + 1e-3}, path, metadata)
+
+    monkeypatch.setattr("training.export.save_file", failing_disk)
+    with pytest.raises(RuntimeError, match="was not written as it is in memory"):
+        export_checkpoint(run, tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+    assert not list(tmp_path.iterdir())

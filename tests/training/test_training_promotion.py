@@ -279,3 +279,15 @@ def test_text_encoders_that_stay_behind_are_named(tmp_path):
     config = SimpleNamespace(text_encoders=(near, far, local))
     with mock.patch("jobs.register.read_model_config", return_value=config):
         assert local_text_encoders(tmp_path) == {"c": str(tmp_path)}
+
+
+def test_run_that_was_made_after_its_model_is_found_beside_it(tracking, tmp_path):
+    client, experiment = connect(tracking)
+    late = client.create_run(experiment).info.run_id
+    model = write_model_directory(tmp_path, lineage={"fingerprint": "abc", "run_id": None})
+    record = tmp_path / "mlflow-run.json"
+    for fingerprint, same in (("other", False), ("abc", True)):
+        record.write_text(json.dumps({"run_id": late, "fingerprint": fingerprint}))
+        made = register(model, "tiny", None, tracking)
+        assert (client.get_model_version("tiny", made.version).run_id == late) is same
+        assert (made.tags.get("run_id") == late) is same
