@@ -153,7 +153,7 @@ def step(
     effort = _effort(subject.device, rounds, sustained, compiled, seconds, autotune=autotune)
 
     def save(measured: Measured) -> None:
-        _write(_figures("step", facts, measured), json_file)
+        _keep(_figures("step", facts, measured), json_file)
 
     _write(_report("step", facts, measure_steps(subject, effort, save)), json_file)
 
@@ -205,7 +205,7 @@ def stream(
     )
 
     def save(measured: Measured) -> None:
-        _write(_figures("stream", facts, measured), json_file)
+        _keep(_figures("stream", facts, measured), json_file)
 
     _write(_report("stream", facts, measure_streams(subject, effort, save=save)), json_file)
 
@@ -240,7 +240,7 @@ def everything(
     parts: dict[str, Any] = {}
 
     def saver(what: str) -> Save:
-        return lambda measured: _write(parts | {what: _figures(what, facts, measured)}, json_file)
+        return lambda measured: _keep(parts | {what: _figures(what, facts, measured)}, json_file)
 
     steps = measure_steps(subject, effort, saver("step"))
     parts["step"] = _report("step", facts, steps)
@@ -331,10 +331,16 @@ def _figures(what: str, facts: dict[str, Any], measured: Measured) -> dict[str, 
 
 
 def _write(content: dict[str, Any], json_file: Path | None) -> None:
+    _keep(content, json_file)
+    if json_file is not None:
+        say(f"figures: {json_file}")
+
+
+def _keep(content: dict[str, Any], json_file: Path | None) -> None:
+    """Write figures that are not all, and say nothing of it."""
     if json_file is not None:
         json_file.parent.mkdir(parents=True, exist_ok=True)
         replace_text(json_file, json.dumps(content, indent=2) + "\n")
-        say(f"figures: {json_file}")
 
 
 def _subject(
