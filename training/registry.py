@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,9 +26,9 @@ from streamdit.partition import PartitionScheme
 from streamdit.registered import refuse_pickles
 from training.config import TrackingConfig
 from training.model_card import CARD_FILE, SAMPLE_FILE, model_card
-from training.records import RUN_FILE
 from training.revision import git_revision
-from training.tracking import ALREADY_EXISTS, connect, is_gone, use_store
+from training.run_of_model import run_for, with_run_id
+from training.tracking import ALREADY_EXISTS, connect, use_store
 
 SCORE_TAG = "score."
 """What tags with scores begin with."""
@@ -136,7 +134,7 @@ def register(
     try:
         tags = version_tags(config, scores) | _teacher_tags(client, config)
         tags["config_sha256"] = file_sha256(Path(model_directory) / CONFIG_FILE)
-        with _run_for(client, experiment_id, config, name) as run_id:
+        with run_for(client, experiment_id, config, name) as run_id:
             version = _create_version(
                 client, run_id, name, Path(model_directory), config, tags, scores, sample
             )
@@ -374,43 +372,6 @@ def _teacher_tags(client: Any, config: StreamDiTConfig) -> dict[str, str]:
     if known:
         tags["teacher"] = f"{known[0].name}/{known[0].version}"
     return tags
-
-
-def with_run_id(config: StreamDiTConfig, directory: Path) -> StreamDiTConfig:
-    """The configuration of a model in its run's directory, with a run that was made after it was.
-
-    Where the store was away from the beginning of a run to its end, the model knows of no run.
-    """
-    path = directory.parent / RUN_FILE
-    if config.lineage.get("run_id") or not path.is_file():
-        return config
-    known = json.loads(path.read_text())
-    if known["fingerprint"] != config.lineage.get("fingerprint"):
-        return config
-    lineage = {**config.lineage, "run_id": known["run_id"]}
-    return config.model_copy(update={"lineage": lineage})
-
-
-@contextmanager
-def _run_for(client: Any, experiment_id: str, config: StreamDiTConfig, name: str) -> Iterator[str]:
-    """Id of the run that a version belongs to: the one that made the model, if this store has it.
-
-    That one stays as it ended. Otherwise a run is made for the registration alone.
-    """
-    from mlflow.exceptions import MlflowException
-
-    made_by = config.lineage.get("run_id")
-    if made_by and not is_gone(client, made_by):
-        yield str(made_by)
-        return
-    own = str(client.create_run(experiment_id, run_name=f"register-{name}").info.run_id)
-    try:
-        yield own
-    except BaseException:
-        with suppress(MlflowException):  # the store may be what failed
-            client.set_terminated(own, "FAILED")
-        raise
-    client.set_terminated(own, "FINISHED")
 
 
 def _input_example(prompt: str | None) -> Any:
