@@ -105,7 +105,7 @@ Autotune = Annotated[
     bool,
     typer.Option(
         "--autotune",
-        help="Add compiled steps whose kernels are tuned: many minutes for a large model.",
+        help="Add compiled steps whose kernels are tuned, which takes long for a large model.",
     ),
 ]
 CompiledDecoder = Annotated[

@@ -28,7 +28,7 @@ def step_variants(
 ) -> dict[str, FastConfig | None]:
     """Optimisations of a step of a model in `dtype`, each on top of those before.
 
-    `autotune` adds that of compiled steps, which takes many minutes for a large model.
+    `autotune` adds that of compiled steps, which takes long for a large model.
     """
     variants: dict[str, FastConfig | None] = {
         PLAIN: None,

@@ -157,7 +157,8 @@ class RunConfig(StrictModel):
     many; `streamdit describe` tells how many it takes."""
     compile_blocks: bool = Field(default=False, exclude_if=lambda on: not on)
     """Compile the transformer's blocks with `torch.compile`, forward and backward; the first steps
-    take a minute or more. Not with `zero_stage: 3`, nor with adapters."""
+    take minutes, and `streamdit bench train --compile` tells whether it pays. Not with
+    `zero_stage: 3`, nor with adapters."""
     skip_limit: int = Field(default=10, gt=0)
     """Steps in a row that may be skipped for a loss or gradient that is not finite; then the run
     stops."""

@@ -54,11 +54,11 @@ class FastConfig(StrictModel):
     """Project the prompt to keys and values once per prompt, not once per step."""
     compile: bool = False
     """Compile the blocks: fuses norm, modulation, rotary positions and windows. The first step
-    takes a minute or so."""
+    takes longer."""
     autotune: bool = False
     """With `compile`: time the library's matrix products against generated ones, and ways to
     generate everything else (`torch.compile(mode="max-autotune-no-cudagraphs")`). The first step
-    then takes many minutes for a large model."""
+    takes longer still."""
     cuda_graph: bool = False
     """Replay the step as one CUDA graph; needs a CUDA device, and `text_memory`."""
     attention: AttentionKernel = "auto"
