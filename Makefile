@@ -29,8 +29,9 @@ test: $(READY) ## Run the tests that take seconds
 test-all: lint docs ## Run the linters, build the documentation, run the tests that `make test` leaves out
 	$(MAKE) test-slow
 
+# Some take minutes: each is named as it ends.
 test-slow: $(READY) ## Run the tests that `make test` leaves out
-	$(PYTEST) -m "slow or gpu"
+	$(PYTEST) -v -m "slow or gpu"
 
 # One after the other: the memory of a GPU is measured by some, and shared by all.
 test-gpu: $(READY) ## Run the tests that need a CUDA device

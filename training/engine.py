@@ -164,6 +164,9 @@ def initialize_deepspeed(
 
     DeepSpeed prints what it has compiled, and PyTorch warns of a CUDA toolkit without a GPU and
     of calls of DeepSpeed's that will have new names: matters of their developers.
+
+    On CPUs DeepSpeed would compile an all-reduce through shared memory before the first step, for
+    inference alone: training neither needs it nor a compiler.
     """
     if device.type == "cpu":
         # DeepSpeed picks its accelerator when it is imported.
@@ -178,6 +181,7 @@ def initialize_deepspeed(
         from deepspeed.utils import logger
 
         logger.setLevel("ERROR")
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         engine, *_ = deepspeed.initialize(
             model=module, optimizer=optimizer, config=settings, dist_init_required=False
         )

@@ -360,3 +360,11 @@ def test_one_worker_that_is_asked_to_stop_in_a_validation_stops_all(dataset_dir,
     assert find_checkpoints(tmp_path / "out" / "checkpoints")[0].name == "step-00000002"
     train_together(tmp_path, [{"dataset": dataset_dir, "out": tmp_path / "out", "zero_stage": 3}])
     assert sorted(losses(tmp_path / "out")) == [1, 2, 3, 4, 5, 6]
+
+
+def test_training_begins_without_compiling_anything(dataset_dir, tmp_path, monkeypatch):
+    built = tmp_path / "extensions"
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(built))
+    run = {"dataset": dataset_dir, "out": tmp_path / "out", "steps": 1}
+    train_together(tmp_path, [run], workers=1)
+    assert not built.exists()
