@@ -7,8 +7,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 # Tests run in this many processes, those of a file in the same one, for they share what they set up.
+# One that dies is not started again: xdist 3.8 then waits for tests that nobody runs.
 WORKERS ?= 2
-PYTEST := $(BIN)/pytest -n $(WORKERS) --dist loadfile
+PYTEST := $(BIN)/pytest -n $(WORKERS) --dist loadfile --max-worker-restart 0
 CHECKED := streamdit pipeline training distillation evaluation jobs configs tests benchmarks docs/hooks
 
 .DEFAULT_GOAL := help

@@ -73,9 +73,7 @@ def main() -> None:
             optimizer.load_state_dict(state["optimizer"])
 
     def load() -> None:
-        load_checkpoint(
-            run.checkpoints, run.engine, run.ema, world, job.config.zero_stage, run.fingerprint
-        )
+        load_checkpoint(run.checkpoints, run.engine, run.ema, world, job.config.zero_stage, run.job)
 
     actions = {
         ("trainer", "save"): run._save,

@@ -31,6 +31,7 @@ from training.row_groups import RowGroups, read_tensor, tensor_columns
 
 MANIFEST_FILE = "manifest.json"
 TENSORS = ("start", "target")
+MADE_ANEW = "remove this file, and the same `streamdit rollouts` makes it anew"
 GROUP_BYTES = 16 << 20
 READERS = 16
 """Files looked into at once; on S3 each look is a few requests."""
@@ -202,15 +203,16 @@ class CachedRollouts:
 
     def __call__(self, student: VelocityFunction, batch: Batch, draws: Draws) -> Rollout:
         """Rollouts of the batch's clips."""
-        rows = []
+        rows, loaded = [], []
         for clip_id, choice in zip(batch.clip_ids, draws["choice"].tolist(), strict=True):
             places = self._places[clip_id]
-            rows.append(self._groups.row(*places[choice % len(places)]))
+            place = places[choice % len(places)]
+            row, where = self._groups.row(*place), self._groups.store.uri(place[0])
+            rows.append(row)
+            loaded.append([read_tensor(row, name, where, MADE_ANEW) for name in TENSORS])
         device = batch.latents.device
-        tensors = {
-            name: torch.stack([read_tensor(row, name, self.directory) for row in rows])
-            for name in TENSORS
-        }
+        columns = map(torch.stack, zip(*loaded, strict=True))
+        tensors = dict(zip(TENSORS, columns, strict=True))
         return Rollout(
             start=tensors["start"].float().to(device),
             target=tensors["target"].float().to(device),

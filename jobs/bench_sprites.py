@@ -32,7 +32,11 @@ def command(
     ] = None,
     student: Annotated[
         list[Path] | None,
-        typer.Option("--student", metavar="MODEL_DIR", help="Its student; default: distil one."),
+        typer.Option(
+            "--student",
+            metavar="MODEL_DIR",
+            help="Its student, which goes with --teacher; default: distil one.",
+        ),
     ] = None,
     config: ConfigFile = None,
 ) -> None:

@@ -185,7 +185,7 @@ def is_directory_of_autoencoder(name: str) -> bool:
 
 def default_autoencoder(preset: str) -> str:
     """The autoencoder preset that goes with a training preset."""
-    return preset if preset in available_presets("autoencoder") else "default"
+    return preset if preset in available_presets("autoencoder") else "small"
 
 
 def random_autoencoder(name: str, latent_channels: int, device: torch.device) -> Autoencoder:

@@ -12,7 +12,15 @@ from distillation.job import DistillationJob
 from distillation.objective import make_objective
 from distillation.plan import RolloutPlan, per_segment
 from jobs.config import load_config
-from jobs.options import Address, ConfigFile, Dataset, Overrides, Preset, RunDirectory
+from jobs.options import (
+    DEFAULT_PRESET,
+    Address,
+    ConfigFile,
+    Dataset,
+    Overrides,
+    Preset,
+    RunDirectory,
+)
 from jobs.training_job import check_dataset
 from pipeline.store import DatasetPath, open_store
 from streamdit.config import (
@@ -25,7 +33,7 @@ from streamdit.config import (
 )
 from streamdit.errors import UserError
 from streamdit.io import read_model_config
-from streamdit.partition import PartitionMixture
+from streamdit.partition import PartitionMixture, PartitionScheme
 from streamdit.schemes import behind_references, fills_behind_references
 from training.job import TrainJob
 
@@ -38,7 +46,7 @@ def command(
         typer.Option("--teacher", metavar="MODEL_DIR", help="Model directory of the teacher."),
     ] = Path("runs/train/model"),
     out: RunDirectory = Path("runs/distill"),
-    preset: Preset = "default",
+    preset: Preset = DEFAULT_PRESET,
     config: ConfigFile = None,
     rollouts: Annotated[
         str | None,
@@ -126,11 +134,7 @@ def teacher_plan(config: DistillConfig, teacher: Path) -> RolloutPlan:
         )
     plan = RolloutPlan.make(config.teacher, parent, config.drift)
     mixture = PartitionMixture(parent.partition, parent.model.buffer_frames)
-    if not mixture.serves(plan.scheme):
-        raise UserError(
-            f"teacher.chunk_frames {plan.scheme.c} with K = {plan.scheme.K} was not in the "
-            f"training mix of {teacher}; choose one of {mixture.describe()}"
-        )
+    check_in_mix(plan.scheme, mixture, str(teacher))
     if "uniform" in plan.buffer_kinds and not mixture.makes_first_video:
         raise UserError(
             f"teacher.uniform_share asks {teacher} for ordinary text-to-video, which its training "
@@ -145,6 +149,19 @@ def teacher_plan(config: DistillConfig, teacher: Path) -> RolloutPlan:
     if config.segment_weights is not None:
         per_segment(config.segment_weights, plan.scheme, "segment_weights")
     return plan
+
+
+def check_in_mix(scheme: PartitionScheme, mixture: PartitionMixture, teacher: str) -> None:
+    """Refuse a scheme that a teacher has not been trained on.
+
+    Raises:
+        UserError: with those that it has.
+    """
+    if not mixture.serves(scheme):
+        raise UserError(
+            f"teacher.chunk_frames {scheme.c} with K = {scheme.K} was not in the training mix of "
+            f"{teacher}; choose one of {mixture.describe()}"
+        )
 
 
 if __name__ == "__main__":

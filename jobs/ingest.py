@@ -13,7 +13,7 @@ from rich.text import Text
 
 from jobs.config import load_config
 from jobs.console import format_bytes, format_duration, progress, say
-from jobs.options import ConfigFile, Preset, split_overrides
+from jobs.options import DEFAULT_PRESET, ConfigFile, Preset, same_settings, split_overrides
 from jobs.runtime import ray_runtime
 from pipeline.annotate import AnnotateSummary, annotate
 from pipeline.config import IngestConfig
@@ -75,7 +75,7 @@ def command(
             "--replace", help="Do again what was made with other settings or another autoencoder."
         ),
     ] = False,
-    preset: Preset = "default",
+    preset: Preset = DEFAULT_PRESET,
     config: ConfigFile = None,
     address: Annotated[
         str | None, typer.Option("--address", metavar="ADDRESS", help="Ray cluster; default: here.")
@@ -98,7 +98,7 @@ def command(
         facts = run_stages(
             stages, inputs, out, autoencoder, settings, retry_dead=retry_dead, replace=replace
         )
-    print_summary(out, stages, facts)
+    print_summary(out, stages, facts, preset)
 
 
 def check_request(
@@ -200,7 +200,9 @@ def encoded_facts(summary: EncodeSummary, config: IngestConfig) -> dict[str, str
     }
 
 
-def print_summary(dataset: str, stages: list[Stage], facts: dict[str, str]) -> None:
+def print_summary(
+    dataset: str, stages: list[Stage], facts: dict[str, str], preset: str = DEFAULT_PRESET
+) -> None:
     """Show on stdout what was found, what failed, where it is, and what to do next."""
     table = Table.grid(padding=(0, 2))
     table.add_column(style="dim", no_wrap=True)
@@ -210,7 +212,7 @@ def print_summary(dataset: str, stages: list[Stage], facts: dict[str, str]) -> N
     _add_dead_letters(table, dataset)
     if Stage.ENCODE in stages:
         table.add_row("manifest", Text(f"{dataset.rstrip('/')}/{MANIFEST_FILE}"))
-    table.add_row("next", Text(next_step(dataset, stages)))
+    table.add_row("next", Text(next_step(dataset, stages, preset)))
     Console(highlight=False).print(table)
 
 
@@ -233,12 +235,13 @@ def _add_dead_letters(table: Table, dataset: str) -> None:
     )
 
 
-def next_step(dataset: str, stages: list[Stage]) -> str:
-    """What a person types after these jobs."""
+def next_step(dataset: str, stages: list[Stage], preset: str = DEFAULT_PRESET) -> str:
+    """What a person types after these jobs, which had the settings of `preset`."""
     if Stage.ENCODE in stages:
-        return f"streamdit train {dataset} --out runs/train"
+        return f"streamdit train {dataset} --out runs/train{same_settings('train', preset)}"
     if Stage.ANNOTATE in stages:
-        return f"streamdit train-autoencoder {dataset} --out runs/autoencoder"
+        more = same_settings("autoencoder", preset)
+        return f"streamdit train-autoencoder {dataset} --out runs/autoencoder{more}"
     return "the same command with --only annotate"
 
 

@@ -38,9 +38,7 @@ def launch(job: TrainJob, address: str | None = None) -> Path:
         UserError: if something does not fit, or Ray cannot be reached.
     """
     job = replace(job, config=_with_pinned_store(job.config))
-    job.config.accumulation(
-        int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ else job.config.launch.workers
-    )
+    job.config.accumulation(number_of_workers(job.config))
     if job.finished():
         say_once(f"{job.run_name}: {job.model_directory} is finished already")
         catch_up(job)
@@ -52,6 +50,11 @@ def launch(job: TrainJob, address: str | None = None) -> Path:
         with ray_runtime(address), follow(job):
             _fit(job, own_runtime=not (address or os.environ.get("RAY_ADDRESS")))
     return job.model_directory
+
+
+def number_of_workers(config: RunConfig) -> int:
+    """Of torchrun or Slurm where they started this process, else as many as Ray shall start."""
+    return int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ else config.launch.workers
 
 
 def is_main_process() -> bool:

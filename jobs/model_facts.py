@@ -146,7 +146,7 @@ def _planned_autoencoder(kind: str | None, preset: str, channels: int) -> Autoen
         )
     from training.autoencoder_config import AutoencoderTrainConfig
 
-    own = preset if preset in available_presets("autoencoder") else "default"
+    own = preset if preset in available_presets("autoencoder") else "small"
     plan = load_config(AutoencoderTrainConfig, stage="autoencoder", preset=own)
     shape = plan.model.model_copy(update={"latent_channels": channels})
     return AutoencoderFacts(parameters=_causal_parameters(shape))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from jobs.config import available_presets
 from streamdit.errors import UserError
 
 ConfigFile = Annotated[
@@ -68,6 +70,29 @@ TrackingDirectory = Annotated[
     Path, typer.Option("--tracking-dir", metavar="DIR", help="Folder of the embedded store.")
 ]
 """`--tracking-dir DIR`; the command gives the default."""
+
+
+DEFAULT_PRESET = "small"
+"""What commands with presets take without `--preset`."""
+
+
+def same_settings(
+    stage: str, preset: str | None, file: Path | None = None, overrides: Sequence[str] = ()
+) -> str:
+    """Options by which another command gets the settings of this one, for a line that names it.
+
+    Args:
+        stage: of the other command.
+        preset: left out where it is the default, or the stage has none of that name.
+        file: settings of the same stage.
+        overrides: of the same stage.
+    """
+    words = []
+    if preset and preset != DEFAULT_PRESET and preset in available_presets(stage):
+        words += ["--preset", preset]
+    if file is not None:
+        words += ["--config", str(file)]
+    return "".join(f" {shlex.quote(word)}" for word in (*words, *overrides))
 
 
 def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -153,7 +153,7 @@ def plan(
         UserError: if the preset or the settings do not fit each other or the GPUs.
     """
     train = load_config(TrainConfig, stage="train", preset=preset, file=file, overrides=overrides)
-    same = preset if preset in available_presets("distill") else "default"
+    same = preset if preset in available_presets("distill") else "streamdit-4b"
     distill = load_config(DistillConfig, stage="distill", preset=same)
     micro, _ = train.accumulation(gpus)
     subject = find_subject(preset, file, overrides)

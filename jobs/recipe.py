@@ -22,19 +22,20 @@ from pydantic import ValidationError
 from distillation.config import DistillConfig
 from jobs.config import Layer, available_presets, load_config, read_preset, read_yaml
 from jobs.console import console
-from jobs.distill import distillation_job
-from jobs.launch import catch_up, is_main_process, launch, say_once
+from jobs.distill import check_in_mix, distillation_job
+from jobs.launch import catch_up, is_main_process, launch, number_of_workers, say_once
 from jobs.runtime import ray_runtime
 from jobs.training_job import check_dataset, training_job
 from pipeline.store import DatasetPath
 from streamdit.errors import UserError
 from streamdit.files import replace_text
 from streamdit.io import read_model_config
+from streamdit.partition import PartitionMixture, PartitionScheme
 from training.config import RunConfig, TrainConfig
 from training.engine import join_world
-from training.job import TrainJob
+from training.job import TrainJob, difference
 from training.recipe import RecipeConfig, StageConfig
-from training.tracking import Tracker, flatten
+from training.tracking import Tracker
 
 SCHEMAS: dict[str, type[RunConfig]] = {"train": TrainConfig, "distill": DistillConfig}
 SETTINGS_FILE = "settings.json"
@@ -125,6 +126,8 @@ def plan_stages(
         for stage in recipe.stages
     ]
     _check_shapes(stages)
+    for stage in stages:
+        _check_batch(stage)
     return stages
 
 
@@ -185,17 +188,36 @@ def _check_shapes(stages: Sequence[Stage]) -> None:
             "train, or use `streamdit distill`"
         )
     for before, stage in pairwise(stages):
-        if isinstance(before.config, DistillConfig) and isinstance(stage.config, TrainConfig):
+        if isinstance(before.config, DistillConfig):
             raise UserError(
-                f"stage {stage.name} trains on what stage {before.name} distilled, and would undo "
-                "it; let the stages of kind train come before the distillation"
+                f"stage {stage.name} goes on from what stage {before.name} distilled, and would "
+                "undo it; let one distillation be the last stage"
             )
+        if isinstance(before.config, TrainConfig) and isinstance(stage.config, DistillConfig):
+            _check_teacher(before, before.config, stage.config)
     for stage in stages:
         if isinstance(stage.config, TrainConfig) and stage.config.model != first.config.model:
             raise UserError(
                 f"stage {stage.name} has a model of another shape than stage {first.name}; set "
                 "model in the recipe's own settings, not in a stage's"
             )
+
+
+def _check_teacher(before: Stage, trained: TrainConfig, asked: DistillConfig) -> None:
+    """The stage before must be trained on what the student takes from it."""
+    teacher, frames = asked.teacher, trained.model.buffer_frames
+    scheme = PartitionScheme.for_buffer(
+        frames, teacher.chunk_frames, teacher.micro_steps, teacher.reference_frames
+    )
+    check_in_mix(scheme, PartitionMixture(trained.partition, frames), f"stage {before.name}")
+
+
+def _check_batch(stage: Stage) -> None:
+    """The workers must have equal shares of it."""
+    try:
+        stage.config.accumulation(number_of_workers(stage.config))
+    except UserError as error:
+        raise UserError(f"stage {stage.name}: {error}") from None
 
 
 def run_recipe(
@@ -296,18 +318,9 @@ def _check_unchanged(stage: Stage, job: TrainJob) -> None:
     if not recorded.is_file() or (before := json.loads(recorded.read_text())) == job.identity():
         return
     raise UserError(
-        f"stage {stage.name} in {stage.out} was trained with {_difference(before, job.identity())};"
+        f"stage {stage.name} in {stage.out} was trained with {difference(before, job.identity())};"
         f" restore that, or train the stage and those after it again with --redo {stage.name}"
     )
-
-
-def _difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """The first setting that has changed, for a message."""
-    old, new = flatten(before), flatten(now)
-    key = next(key for key in sorted(old | new) if old.get(key) != new.get(key))
-    if key in ("dataset", "parent"):
-        return f"another {key}"
-    return f"{key}={old.get(key)}, not {new.get(key)}"
 
 
 def _record(stage: Stage, job: TrainJob) -> None:

@@ -16,7 +16,15 @@ from jobs.config import load_config
 from jobs.console import OnProgress, progress, say
 from jobs.distill import teacher_plan
 from jobs.launch import check_resources
-from jobs.options import Address, ConfigFile, Dataset, Overrides, Preset
+from jobs.options import (
+    DEFAULT_PRESET,
+    Address,
+    ConfigFile,
+    Dataset,
+    Overrides,
+    Preset,
+    same_settings,
+)
 from jobs.runtime import ray_runtime
 from jobs.training_job import check_dataset
 from pipeline.lock import writing
@@ -62,7 +70,7 @@ def command(
         ),
     ] = "runs/rollouts",
     per_clip: Annotated[int, typer.Option("--per-clip", min=1, help="Rollouts of each clip.")] = 8,
-    preset: Preset = "default",
+    preset: Preset = DEFAULT_PRESET,
     config: ConfigFile = None,
     address: Address = None,
 ) -> None:
@@ -80,7 +88,8 @@ def command(
     with ray_runtime(address), progress("rollouts", unit="clips") as shown:
         count = make_rollouts(dataset, teacher, out, settings, per_clip, shown, own_runtime)
     say(f"rollouts: {out} ({count} of {per_clip} per clip)")
-    say(f"next: streamdit distill {dataset} --teacher {teacher} --rollouts {out} --out DIR")
+    more = same_settings("distill", preset, config, overrides or ())
+    say(f"next: streamdit distill {dataset} --teacher {teacher} --rollouts {out} --out DIR{more}")
 
 
 def make_rollouts(

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from pipeline.graph import start_ray
+from pipeline.graph import start_ray, stop_ray
 from streamdit.errors import UserError
 
 CONNECT_TIMEOUT_S = 5.0
@@ -47,7 +47,7 @@ def ray_runtime(address: str | None = None) -> Iterator[None]:
     try:
         yield
     finally:
-        ray.shutdown()
+        stop_ray()
 
 
 def _without_dashboard() -> dict[str, Any]:

@@ -19,27 +19,34 @@ def check_store(name: str, uri: str) -> None:
     Raises:
         UserError: for files of this machine and servers that only it reaches.
     """
-    place = _only_here(uri)
-    if place is not None:
-        raise UserError(
-            f"{name} {uri} is {place}: the job would record where nobody looks; name a server that "
-            f"the cluster's nodes reach, as in --env {VARIABLE}=http://HOST:5000"
-        )
-
-
-def _only_here(uri: str) -> str | None:
-    """What makes a store one of this machine alone, if anything."""
     parts = urlsplit(uri)
     if parts.scheme == "sqlite" or uri.startswith("file:"):
-        return "a file of this machine"
+        raise _unreachable(name, uri, "a file of this machine")
     if not parts.scheme and not uri.startswith("databricks"):
-        return "a folder of this machine"
-    host = parts.hostname or ""
+        raise _unreachable(name, uri, "a folder of this machine")
+    check_server(name, uri)
+
+
+def check_server(name: str, uri: str) -> None:
+    """Refuse a server that only this machine reaches; files may be on storage that all share.
+
+    Raises:
+        UserError: for an address of this machine alone.
+    """
+    host = urlsplit(uri).hostname or ""
     try:
         loopback = ipaddress.ip_address(host).is_loopback
     except ValueError:
         loopback = host == "localhost"
-    return "an address of this machine alone" if loopback else None
+    if loopback:
+        raise _unreachable(name, uri, "an address of this machine alone")
+
+
+def _unreachable(name: str, uri: str, place: str) -> UserError:
+    return UserError(
+        f"{name} {uri} is {place}: the job would record where nobody looks; name a server that "
+        f"the cluster's nodes reach, as in --env {VARIABLE}=http://HOST:5000"
+    )
 
 
 def store_of_model(model: Path) -> list[str]:

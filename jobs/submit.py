@@ -20,7 +20,7 @@ from jobs.console import console, format_bytes, say
 from jobs.errors import INTERRUPTED_STATUS
 from jobs.options import split_overrides
 from jobs.package import Package, collect
-from jobs.stores import VARIABLE, check_store, store_of_model
+from jobs.stores import VARIABLE, check_server, check_store, store_of_model
 from streamdit.errors import UserError
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ def command(
     The working directory is packed and sent along, without data, runs, environments and what its
     .gitignore names; the job runs in a copy of it. Datasets, runs and models are given by absolute
     paths on storage that every node of the cluster reads, or as s3:// addresses. The exit status is
-    the job's. Ctrl-C leaves the job running.
+    the job's. Ctrl-C asks whether to stop the job too; without a terminal it leaves it running.
     """
     client = connect(address)
     package = collect(working_dir, exclude or ())
@@ -239,6 +239,11 @@ def job_arguments(
         raise UserError("--address is given twice: the job finds the cluster it runs on by itself")
     for name, path in _paths(parser, context):
         check_path(name, path)
+    if uri := context.params.get("tracking_uri"):
+        check_server("--tracking-uri", uri)
+    for key, value in _settings(context):
+        if key.endswith("tracking.uri"):
+            check_server(key, value)
     for option in ("--config", "--recipe"):
         given = context.params.get(option.removeprefix("--"))
         if given is not None and Path(given).suffix in (".yaml", ".yml"):
@@ -256,7 +261,7 @@ def _paths(parser: Any, context: Any) -> Iterator[tuple[str, str]]:
         if parameter.name == "tracking_directory" and _is_default(context, parameter.name):
             continue  # takes the place that is chosen for it
         name = parameter.opts[0] if parameter.opts[0].startswith("-") else parameter.name
-        if isinstance(value, Path) or parameter.name in ("dataset", "out"):
+        if isinstance(value, Path) or parameter.name in ("dataset", "out", "rollouts"):
             yield name, str(value)
         elif parameter.name == "data":  # of a recipe: NAME=DIR
             yield from ((name, word.partition("=")[2]) for word in value)
@@ -265,11 +270,18 @@ def _paths(parser: Any, context: Any) -> Iterator[tuple[str, str]]:
         elif parameter.name == "overrides":
             yield from (
                 (key, word)
-                for key, _, word in (override.partition("=") for override in value)
-                if key.endswith("tracking.directory")
+                for key, word in _settings(context)
+                if key.endswith(("tracking.directory", "rollouts"))
             )
         elif isinstance(value, str) and parameter.name == "autoencoder" and Path(value).exists():
             yield name, value
+
+
+def _settings(context: Any) -> Iterator[tuple[str, str]]:
+    """Keys and values of the single settings on a command line."""
+    for override in context.params.get("overrides") or ():
+        key, _, value = override.partition("=")
+        yield key, value
 
 
 def _is_default(context: Any, name: str) -> bool:

@@ -10,7 +10,15 @@ import typer
 from omegaconf import OmegaConf
 
 from jobs.config import Layer, load_config, read_yaml
-from jobs.options import Address, ConfigFile, Dataset, Overrides, RunDirectory
+from jobs.options import (
+    DEFAULT_PRESET,
+    Address,
+    ConfigFile,
+    Dataset,
+    Overrides,
+    RunDirectory,
+    same_settings,
+)
 from jobs.training_job import training_job
 from streamdit.errors import UserError
 from streamdit.io import read_model_config
@@ -91,14 +99,15 @@ def command(
     settings = load_config(
         TrainConfig,
         stage="train",
-        preset=preset or "small",
+        preset=preset or DEFAULT_PRESET,
         file=config,
         overrides=overrides or (),
         more=parent_layers(parent, config, overrides or ()),
     )
     model_directory = launch(training_job(settings, dataset, out, parent), address)
     say_once(f"model: {model_directory}")
-    say_once(f"next: streamdit distill {dataset} --teacher {model_directory} --out DIR")
+    more = same_settings("distill", preset)
+    say_once(f"next: streamdit distill {dataset} --teacher {model_directory} --out DIR{more}")
 
 
 def _named(arguments: Sequence[str]) -> dict[str, str]:

@@ -10,7 +10,7 @@ import typer
 
 from jobs.config import load_config
 from jobs.console import OnProgress, format_duration, format_parameters, progress, say
-from jobs.options import ConfigFile, Overrides, Preset
+from jobs.options import DEFAULT_PRESET, ConfigFile, Overrides, Preset, same_settings
 from pipeline.store import DatasetPath
 from training.autoencoder import AutoencoderTrainSummary, train_autoencoder
 from training.autoencoder_config import AutoencoderTrainConfig
@@ -37,7 +37,7 @@ def command(
     out: Annotated[
         Path, typer.Option("--out", metavar="DIR", help="Directory of the autoencoder.")
     ] = Path("runs/autoencoder"),
-    preset: Preset = "default",
+    preset: Preset = DEFAULT_PRESET,
     config: ConfigFile = None,
 ) -> None:
     """Train the autoencoder that makes the latents: 4 times fewer frames, 8 times fewer pixels.
@@ -54,7 +54,8 @@ def command(
         overrides=overrides or (),
     )
     train_tracked(dataset, out, settings, TrackingConfig())
-    say(f"next: streamdit ingest VIDEOS --out {dataset} --autoencoder {out}")
+    more = same_settings("ingest", preset)
+    say(f"next: streamdit ingest VIDEOS --out {dataset} --autoencoder {out}{more}")
 
 
 def train_tracked(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import math
@@ -53,17 +54,35 @@ def start_ray(**options: Any) -> None:
     Ray's processes give up on each other after 15 seconds, which they may need where other
     programs take the cores: then they are started once more.
     """
+    import psutil
     import ray
 
+    this_process = psutil.Process()
     for another in (True, False):
+        before = set(this_process.children())
         try:
             ray.init("local", **options)
             return
         except Exception as error:  # what Ray raises here has no class of its own
             ray.shutdown()
+            # Which knows nothing yet of the processes of a runtime that did not come up.
+            for child in set(this_process.children()) - before:
+                child.kill()
             if not (another and "timed out during startup" in str(error)):
                 raise
             logger.warning("Ray did not come up in time on this busy machine; starting it again")
+
+
+def stop_ray() -> None:
+    """Leave the Ray runtime, and end it if this process started it.
+
+    Ray ends a process in which another thread drops a reference to an object of it meanwhile. What
+    is only held in cycles goes now, not when such a thread happens to collect garbage.
+    """
+    import ray
+
+    gc.collect()
+    ray.shutdown()
 
 
 def result_row(unit: str, counters: Mapping[str, float]) -> Row:
@@ -225,6 +244,8 @@ def quiet_ray_data() -> None:
     """Turn off Ray Data's own progress bars and messages; the caller shows progress."""
     import ray
 
+    # Its thread would go on, asking the cluster for figures, for as long as this process lives.
+    os.environ.setdefault("RAY_DATA_USAGE_DISABLED", "1")
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.enable_operator_progress_bars = False

@@ -13,6 +13,18 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
+# As the commands have it, for tests that call Ray without them. Its thread for usage figures
+# outlives `ray.shutdown()`, and Ray ends a process in which another thread touches it during that.
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node, error):
+    """Say how a test process ended that was not asked to: -9 is a kill, 1 may be Ray's own exit."""
+    if error:
+        print(f"\n{node.gateway.id} ended with status {node.gateway._io.popen.wait(10)}")
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _new_mlflow_stores_are_copies(tmp_path_factory):
     """MLflow takes seconds to bring a new SQLite store up to date: one has it done for all."""
@@ -61,7 +73,9 @@ def _no_ray_left_behind():
     """Tests of one file may share a runtime, which commands start in this process; no others."""
     yield
     if "ray" in sys.modules:
-        sys.modules["ray"].shutdown()
+        from pipeline.graph import stop_ray
+
+        stop_ray()
 
 
 @pytest.fixture

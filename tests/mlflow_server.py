@@ -72,7 +72,7 @@ def postgres(folder: Path) -> Iterator[str]:
             _wait_for_postgres(port, process)
             yield f"postgresql+psycopg2://mlflow@127.0.0.1:{port}/postgres"
         finally:
-            process.terminate()
+            process.send_signal(signal.SIGINT)  # SIGTERM would wait for clients
             process.wait(30)
     finally:
         shutil.rmtree(data, ignore_errors=True)

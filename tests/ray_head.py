@@ -12,8 +12,10 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from processes import kill_tree
 
 
 def free_ports(count: int) -> list[int]:
@@ -54,7 +56,13 @@ def ray_head(folder: Path, cpus: int = 2, agent_port: int | None = None) -> Iter
         ],
         stdout=log,
         stderr=subprocess.STDOUT,
-        env={**os.environ, "PATH": path, "RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": "1"},
+        env={
+            **os.environ,
+            "PATH": path,
+            "RAY_AUTH_MODE": "disabled",
+            "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
+            "OMP_NUM_THREADS": "1",
+        },
         start_new_session=True,
     )
     address = f"http://127.0.0.1:{dashboard}"
@@ -63,7 +71,10 @@ def ray_head(folder: Path, cpus: int = 2, agent_port: int | None = None) -> Iter
         yield address
     finally:
         process.send_signal(signal.SIGTERM)  # Ray then ends what it started
-        process.wait(60)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(60)
+        if process.poll() is None:
+            kill_tree(process)
         shutil.rmtree(temporary, ignore_errors=True)
 
 

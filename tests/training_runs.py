@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
 from latent_dataset import train_settings
+from processes import run
 
 from training.config import TrainConfig
 from training.job import TrainJob
@@ -69,8 +69,8 @@ import json, sys
 import torch.distributed as dist
 from training_runs import train
 dist.init_process_group("gloo")
-for run in json.loads(sys.argv[1]):
-    train(**run)
+for arguments in json.loads(sys.argv[1]):
+    train(**arguments)
 dist.destroy_process_group()
 """
 
@@ -89,16 +89,9 @@ def train_together(folder, runs, workers=2, dies=False):
         *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
         *(f"--nproc-per-node={workers}", str(script), json.dumps(runs, default=str)),
     ]
-    done = subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
-        timeout=500,
-        check=False,
-    )
-    said = done.stdout + done.stderr
-    assert (done.returncode != 0) == dies, said
+    environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    status, said = run(*command, timeout=500, env=environment)
+    assert (status != 0) == dies, said
     return said
 
 

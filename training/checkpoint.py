@@ -24,6 +24,7 @@ from streamdit.hashing import file_sha256
 from training.config import CheckpointConfig
 from training.ema import ExponentialMovingAverage
 from training.engine import World
+from training.job import TrainJob, difference
 from training.shards import SavedShards, average_file, load_resharded, save_average
 
 logger = logging.getLogger(__name__)
@@ -46,6 +47,7 @@ class CheckpointFacts:
         skipped_steps: steps so far without an update, for a loss that was not finite.
         skipped_in_a_row: those of them that came last, without a good one in between.
         files: bytes and SHA-256 of every file, by its path within the checkpoint.
+        settings: what the fingerprint is of.
     """
 
     step: int
@@ -57,6 +59,7 @@ class CheckpointFacts:
     skipped_steps: int = 0
     skipped_in_a_row: int = 0
     files: dict[str, tuple[int, str]] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
 
 
 def checkpoint_folder(root: Path, step: int) -> Path:
@@ -190,7 +193,7 @@ def load_checkpoint(
     ema: ExponentialMovingAverage,
     world: World,
     zero_stage: int,
-    fingerprint: str,
+    job: TrainJob,
 ) -> CheckpointFacts | None:
     """Load the newest undamaged checkpoint, if there is one; every rank calls this.
 
@@ -215,10 +218,13 @@ def load_checkpoint(
             if world.is_main:
                 warn_of_damage(folder, str(damage))
             continue
-        if facts.fingerprint != fingerprint:
+        if facts.fingerprint != job.fingerprint():
+            other = "another configuration or data set"
+            if facts.settings:
+                other = difference(facts.settings, job.identity())
             raise UserError(
-                f"{folder} was made with another configuration or data set; use another --out, or "
-                f"remove {root} to begin again"
+                f"{folder} was made with {other}: what decides a run's numbers stays as it is; "
+                f"restore that, use another --out, or remove {root} to begin again"
             )
         if (facts.world_size, facts.zero_stage) == (world.size, zero_stage):
             # Frozen parameters are not saved: the model directory to start from has them.

@@ -134,7 +134,7 @@ class RunConfig(StrictModel):
     global_batch: int = Field(gt=0)
     """Clips per optimizer step, over all workers."""
     micro_batch: int | None = Field(default=None, gt=0)
-    """Clips per worker and forward pass; default: what the worker gets, without accumulation."""
+    """Most clips per worker and forward pass; default: what the worker gets, all at once."""
     autoencoder: Literal["causal", "wan"] | None = None
     """Kind of autoencoder that the data set must have been encoded with; default: any that fits."""
     seed: int = 0
@@ -193,8 +193,10 @@ class RunConfig(StrictModel):
     def accumulation(self, world_size: int) -> tuple[int, int]:
         """Micro-batch size and accumulation steps on `world_size` workers.
 
+        The micro-batch is the largest that divides a worker's share and is at most `micro_batch`.
+
         Raises:
-            UserError: if the global batch cannot be divided so.
+            UserError: if the workers cannot have equal shares of the global batch.
         """
         share, rest = divmod(self.global_batch, world_size)
         if rest or not share:
@@ -202,12 +204,8 @@ class RunConfig(StrictModel):
                 f"global_batch {self.global_batch} is not divisible by {world_size} workers; "
                 "change global_batch or the number of workers"
             )
-        micro = self.micro_batch or share
-        if share % micro:
-            raise UserError(
-                f"micro_batch {micro} does not divide the {share} clips that each of {world_size} "
-                f"workers gets of global_batch {self.global_batch}; change one of them"
-            )
+        largest = min(self.micro_batch or share, share)
+        micro = next(size for size in range(largest, 0, -1) if share % size == 0)
         return micro, share // micro
 
 

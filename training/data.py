@@ -161,7 +161,8 @@ class LatentDataset:
                 continue
             raise UserError(
                 f"{self.directory}: {file.path} {problem}, so it is not the file that the "
-                "manifest speaks of; copy the data set again, or run `streamdit ingest` on it"
+                "manifest speaks of; copy the data set again, or mend it with `streamdit dataset "
+                "repair`"
             )
 
     def check_fits(self, model: DiTConfig, autoencoder: str | None = None) -> None:

@@ -30,16 +30,29 @@ class SkippedSteps:
         world: this process.
         count: such steps before the one that the run continues from.
         in_a_row: those of them that came last.
+        can_be_parent: whether another run can start from what this one makes.
     """
 
     def __init__(
-        self, folder: Path, limit: int, world: World, count: int = 0, in_a_row: int = 0
+        self,
+        folder: Path,
+        limit: int,
+        world: World,
+        count: int = 0,
+        in_a_row: int = 0,
+        can_be_parent: bool = True,
     ) -> None:
         self.folder = folder
         self.limit = limit
         self.world = world
         self.count = count
         self.in_a_row = in_a_row
+        self.start_again = (
+            "export the newest checkpoint (streamdit export) and start from it with --from and a "
+            "new --out"
+            if can_be_parent
+            else "begin with a new --out"
+        )
 
     def note(
         self, step: int, skipped: bool, batches: Sequence[Batch], losses: Sequence[torch.Tensor]
@@ -59,8 +72,7 @@ class SkippedSteps:
             raise UserError(
                 f"loss or gradients were not finite for {self.in_a_row} steps in a row, up to "
                 f"step {step}; the clips are listed in {path.parent}; the same command with a "
-                "larger skip_limit goes on past them, or export the newest checkpoint (streamdit "
-                "export) and start from it as --parent of a new --out, with a lower "
+                f"larger skip_limit goes on past them, or {self.start_again}, with a lower "
                 "optimizer.learning_rate or without those clips"
             )
 

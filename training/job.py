@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -93,3 +93,31 @@ class TrainJob:
             return False
         lineage = json.loads(path.read_text()).get("lineage", {})
         return bool(lineage.get("fingerprint") == self.fingerprint())
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by dotted key."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """The first setting by which two identities of :meth:`TrainJob.identity` differ, in words."""
+    # What was read from a file has lists where there were tuples.
+    old, new = (flatten(json.loads(json.dumps(settings))) for settings in (before, now))
+    key = next((key for key in sorted(old | new) if old.get(key) != new.get(key)), None)
+    if key is None:
+        return "other settings"
+    if key in ("dataset", "parent"):
+        return f"another {key}"
+    return f"{key}={_short(old.get(key))}, not {_short(new.get(key))}"
+
+
+def _short(value: Any, most: int = 200) -> str:
+    text = str(value)
+    return text if len(text) <= most else f"{text[:most]}…"

@@ -86,16 +86,29 @@ def _payload(column: pa.LargeBinaryArray, row: int) -> pa.Buffer:
     return data.slice(start, end - start)
 
 
-def read_tensor(row: dict[str, Any], column: str, where: str) -> Tensor:
+def read_tensor(
+    row: dict[str, Any],
+    column: str,
+    where: str,
+    remedy: str = "`streamdit dataset repair` on the data set makes it anew",
+) -> Tensor:
     """A tensor column of a shard row, after checking its CRC.
 
     The tensor looks at the row group's memory: compute with it, but never write to it.
+
+    Args:
+        row: from :meth:`RowGroups.row`.
+        column: its name.
+        where: the file, for the message.
+        remedy: what mends a damaged file, for the message.
+
+    Raises:
+        UserError: if the bytes are not those that were written.
     """
     payload = row[column]
     if isal_zlib.crc32(payload) != row[f"{column}_crc"]:
         raise UserError(
-            f"{where}: column {column} of clip {row['clip_id']} is damaged (CRC differs); encode "
-            "the data set again"
+            f"{where}: column {column} of clip {row['clip_id']} is damaged (CRC differs); {remedy}"
         )
     dtype = getattr(torch, row[f"{column}_dtype"])
     # Not torch.frombuffer, which warns of every buffer that is not to be written to.

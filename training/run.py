@@ -81,10 +81,9 @@ class Run:
         self.loader = self._loader(dataset, order, micro_batch, objective.draw)
         self.held_out_loader = self._loader(self.held_out, order, 1)
         self.checkpoints = Path(job.out) / "checkpoints"
-        self.fingerprint = job.fingerprint()
-        facts = load_checkpoint(
-            self.checkpoints, engine, ema, world, config.zero_stage, self.fingerprint
-        )
+        # Now: the data set or the parent may be out of reach when state is saved.
+        self.settings, self.fingerprint = job.identity(), job.fingerprint()
+        facts = load_checkpoint(self.checkpoints, engine, ema, world, config.zero_stage, job)
         settle_optimizer(engine, config, world)
         self.step = self.saved_step = facts.step if facts else 0
         self.skipped = SkippedSteps(
@@ -93,6 +92,7 @@ class Run:
             world,
             facts.skipped_steps if facts else 0,
             facts.skipped_in_a_row if facts else 0,
+            can_be_parent=job.distilled is None,
         )
         self.records = Records(
             job,
@@ -296,6 +296,7 @@ class Run:
             zero_stage=self.config.zero_stage,
             fingerprint=self.fingerprint,
             run_id=self.records.run_id,
+            settings=self.settings,
             skipped_steps=self.skipped.count,
             skipped_in_a_row=self.skipped.in_a_row,
         )

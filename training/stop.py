@@ -17,7 +17,7 @@ from training.engine import World
 
 logger = logging.getLogger(__name__)
 
-MAIN_THREAD_WAIT_S = 5.0
+MAIN_THREAD_WAIT_S = 30.0
 
 
 class Interrupted(Exception):

@@ -13,6 +13,7 @@ from typing import Any
 
 from streamdit.errors import UserError
 from training.config import TrackingConfig
+from training.job import flatten
 from training.outbox import Call, Outbox
 from training.revision import git_revision
 
@@ -111,17 +112,6 @@ def _experiment(client: Any, name: str, location: str | None) -> str:
         return str(client.get_experiment_by_name(name).experiment_id)
 
 
-def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Nested configuration as dotted parameters."""
-    flat: dict[str, str] = {}
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = str(value)[:500]
-    return flat
-
-
 class Tracker:
     """One MLflow run. It is written by threads of its own, so the caller never waits for it.
 
@@ -200,7 +190,7 @@ class Tracker:
             for key, value in all_tags.items():  # for whoever sends what this process leaves
                 tracker.tag(key, value)
             tracker._status("RUNNING")  # behind how an earlier attempt may have ended
-        flat = list(flatten(params or {}).items())
+        flat = [(key, str(value)[:500]) for key, value in flatten(params or {}).items()]
         for start in range(0, len(flat), MOST_PARAMS):
             tracker._outbox.put({"kind": "params", "values": flat[start : start + MOST_PARAMS]})
         return tracker

@@ -327,7 +327,7 @@ def test_noise_of_a_sample_does_not_depend_on_its_batch():
     assert not torch.equal(wide, posterior_noise(torch.Size((3, 2, 4, 2, 2)), seed=1, step=6))
 
 
-@pytest.mark.parametrize("preset", ["default", "demo"])
+@pytest.mark.parametrize("preset", ["small", "demo"])
 def test_presets_fit_the_configuration(preset: str):
     import yaml
 

@@ -3,15 +3,16 @@
 import json
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 from latent_dataset import write_dataset
 from model_directory import write_model_directory
+from processes import run
 
 from distillation.cache import CachedRollouts, rollout_rows, write_rollouts
 from distillation.config import DistillConfig
@@ -21,10 +22,12 @@ from distillation.teacher import load_teacher
 from jobs.distill import distillation_job, teacher_plan
 from jobs.rollouts import RolloutActor, make_rollouts, plan_units
 from jobs.runtime import ray_runtime
+from pipeline.graph import stop_ray
 from pipeline.lock import writing
 from pipeline.store import open_store
 from streamdit.errors import UserError
 from streamdit.io import load_model, read_model_config
+from training.data import Batch
 from training.metrics import read_metrics
 from training.objective import stack_draws
 from training.order import sample_generator
@@ -160,6 +163,23 @@ def test_rollouts_may_lie_in_an_s3_store(folder, rollouts_dir, s3):
     assert isinstance(job.make_objective(job, torch.device("cpu")).source, CachedRollouts)
 
 
+def test_damaged_rollout_is_named_with_its_file_and_what_mends_it(rollouts_dir, tmp_path):
+    copy = shutil.copytree(rollouts_dir, tmp_path / "rollouts")
+    for file in copy.glob("*.parquet"):
+        table = pq.read_table(file)
+        crc = pa.array([0] * len(table), table.schema.field("target_crc").type)
+        index = table.schema.get_field_index("target_crc")
+        pq.write_table(table.set_column(index, table.schema.field(index), crc), file)
+    cached = CachedRollouts(copy)
+    clip = next(iter(cached._places))
+    batch = Batch(torch.zeros(1, 4, 4, 4, 4), {}, {}, [clip], [0])
+    with pytest.raises(UserError) as caught:
+        cached(lambda *given: given, batch, {"choice": torch.zeros(1, dtype=torch.long)})
+    assert f"{copy}/rollouts-" in str(caught.value)
+    assert f"column target of clip {clip} is damaged" in str(caught.value)
+    assert "the same `streamdit rollouts` makes it anew" in str(caught.value)
+
+
 def test_rollouts_of_another_teacher_plan_or_data_set_are_refused(folder, rollouts_dir, tmp_path):
     cached = CachedRollouts(rollouts_dir)
     parent, data = read_model_config(folder / "model"), folder / "data"
@@ -224,7 +244,7 @@ def one_cpu():
 
     ray.init(address="local", num_cpus=1, include_dashboard=False, logging_level="ERROR")
     yield
-    ray.shutdown()
+    stop_ray()
 
 
 @pytest.mark.timeout(120)
@@ -295,10 +315,8 @@ def distil(folder, out, workers, forbid_teacher=False, **changes):
     ]
     root = str(Path(__file__).parents[2])
     environment = os.environ | {"PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        command, capture_output=True, text=True, env=environment, timeout=300, check=False
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    status, said = run(*command, env=environment, timeout=300)
+    assert status == 0, said
     return {
         row["step"]: row["loss"] for row in read_metrics(out / "metrics.jsonl") if "loss" in row
     }

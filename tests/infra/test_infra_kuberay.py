@@ -242,6 +242,11 @@ def test_each_job_reads_what_the_one_before_it_writes():
     assert str(train["dataset"]) == str(entrypoint("ingest")["out"]) == str(distill["dataset"])
     assert distill["teacher"] == train["out"] / "model"
     assert entrypoint("register")["model"] == distill["out"] / "model"
+    # Presets of one name fit each other.
+    assert {entrypoint(name)["preset"] for name in SCHEMAS} == {train["preset"]}
+    assert "tracking.directory={}".format(entrypoint("register")["tracking_directory"]) in (
+        set(train["overrides"]) & set(distill["overrides"])
+    )
 
 
 @pytest.mark.slow

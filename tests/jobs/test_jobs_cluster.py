@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -15,6 +14,7 @@ import yaml
 from latent_dataset import tiny_autoencoder, train_settings, write_dataset
 from mlflow import MlflowClient
 from mlflow_server import mlflow_server, s3_client
+from processes import started
 from ray_head import ray_head
 
 import streamdit
@@ -58,8 +58,8 @@ def work(tmp_path):
 
 
 def start(head, folder, *words, **environment):
-    return subprocess.Popen(
-        [sys.executable, "-m", "jobs.cli", *map(str, words)],
+    return started(
+        *(sys.executable, "-m", "jobs.cli", *words),
         cwd=folder,
         env={
             **os.environ,
@@ -70,17 +70,14 @@ def start(head, folder, *words, **environment):
             **environment,
         },
         stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 
 def streamdit_command(head, folder, *words, **environment):
-    process = start(head, folder, *words, **environment)
-    said, _ = process.communicate(timeout=600)
-    return process.returncode, said
+    with start(head, folder, *words, **environment) as process:
+        said, _ = process.communicate(timeout=600)
+        return process.returncode, said
 
 
 def submitted(said):
@@ -166,6 +163,15 @@ def test_failed_job_has_its_own_exit_status_and_message(head, work, tmp_path):
     assert "does not exist" in logs
 
 
+def read_until_it_works(process):
+    """What a command shows of a job's log up to the job's own word."""
+    lines = []
+    while not lines or lines[-1] != "working\n":
+        lines.append(process.stdout.readline())
+        assert lines[-1] or process.poll() is None, lines
+    return "".join(lines)
+
+
 def test_letting_go_leaves_the_job_running_until_it_is_stopped(head, work):
     (work / "jobs" / "train.py").write_text(
         "import time\n"
@@ -174,14 +180,10 @@ def test_letting_go_leaves_the_job_running_until_it_is_stopped(head, work):
         "    print('working', flush=True)\n"
         "    time.sleep(600)\n"
     )
-    process = start(head, work, "submit", "train", "/data", "--out", "/mnt/out")
-    lines = []
-    while not lines or lines[-1] != "working\n":
-        lines.append(process.stdout.readline())
-        assert process.poll() is None, lines
-    job = submitted("".join(lines))
-    process.send_signal(signal.SIGINT)
-    said, _ = process.communicate(timeout=60)
+    with start(head, work, "submit", "train", "/data", "--out", "/mnt/out") as process:
+        job = submitted(read_until_it_works(process))
+        process.send_signal(signal.SIGINT)
+        said, _ = process.communicate(timeout=60)
     assert process.returncode == 130, said
     assert f"streamdit jobs stop {job}" in said
     assert "Traceback" not in said
@@ -191,12 +193,12 @@ def test_letting_go_leaves_the_job_running_until_it_is_stopped(head, work):
         return next(found["status"] for found in json.loads(listed) if found["id"] == job)
 
     assert state() == "RUNNING"
-    follower = start(head, work, "jobs", "logs", job, "--follow")
-    time.sleep(5)
-    status, said = streamdit_command(head, work, "jobs", "stop", job)
-    assert (status, said.strip()) == (0, f"{job} is stopped")
-    assert state() == "STOPPED"
-    said, _ = follower.communicate(timeout=60)
+    with start(head, work, "jobs", "logs", job, "--follow") as follower:
+        read_until_it_works(follower)
+        status, said = streamdit_command(head, work, "jobs", "stop", job)
+        assert (status, said.strip()) == (0, f"{job} is stopped")
+        assert state() == "STOPPED"
+        said, _ = follower.communicate(timeout=60)
     assert follower.returncode == 130
     assert said.splitlines()[-1] == f"{job} stopped"
     status, said = streamdit_command(head, work, "jobs", "stop", job)

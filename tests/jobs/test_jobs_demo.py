@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from processes import started
 
 import streamdit
 from evaluation.sheets import read_video
@@ -34,13 +35,10 @@ SMALL = (
 
 
 def start_demo(out, *overrides):
-    return subprocess.Popen(
-        [sys.executable, "-m", "jobs.demo", "--out", str(out), *SMALL, *overrides],
+    return started(
+        *(sys.executable, "-m", "jobs.demo", "--out", out, *SMALL, *overrides),
         cwd=ROOT,
         env={**os.environ, "COLUMNS": "120", "NO_COLOR": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
         # A shell's background jobs ignore Ctrl-C, and their children with them; this one shall not.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
@@ -58,18 +56,18 @@ def wait_for(folder, pattern, process, seconds=400):
 @pytest.mark.timeout(1500)
 def test_interrupted_demo_continues_and_a_finished_one_does_nothing_twice(tmp_path, monkeypatch):
     out = tmp_path / "demo"
-    process = start_demo(out)
-    wait_for(out, "teacher/checkpoints/step-*/complete.json", process)
-    process.send_signal(signal.SIGINT)
-    said, _ = process.communicate(timeout=120)
+    with start_demo(out) as process:
+        wait_for(out, "teacher/checkpoints/step-*/complete.json", process)
+        process.send_signal(signal.SIGINT)
+        said, _ = process.communicate(timeout=300)
     assert process.returncode == 130, said
     assert "the same command continues" in said
     assert "Traceback" not in said
     assert not (out / "teacher/model").exists(), "it was to be interrupted, not finished"
     manifest = (out / "dataset/manifest.json").read_bytes()
 
-    process = start_demo(out)
-    said, _ = process.communicate(timeout=900)
+    with start_demo(out) as process:
+        said, _ = process.communicate(timeout=900)
     assert process.returncode == 0, said
     assert (out / "dataset/manifest.json").read_bytes() == manifest
     metrics = [json.loads(line) for line in (out / "teacher/metrics.jsonl").open()]
@@ -87,8 +85,8 @@ def test_interrupted_demo_continues_and_a_finished_one_does_nothing_twice(tmp_pa
     assert next(model.stream("a red circle moving left over a blue background")).frames.any()
 
     weights = (out / "student/model/model.safetensors").stat().st_mtime_ns
-    process = start_demo(out)
-    said, _ = process.communicate(timeout=300)
+    with start_demo(out) as process:
+        said, _ = process.communicate(timeout=300)
     assert process.returncode == 0, said
     assert said.count("is finished already") == 2
     assert "is version 1 already" in said
@@ -96,8 +94,8 @@ def test_interrupted_demo_continues_and_a_finished_one_does_nothing_twice(tmp_pa
 
 
 def test_a_setting_of_no_stage_is_one_line(tmp_path):
-    process = start_demo(tmp_path / "demo", "training.steps=3")
-    said, _ = process.communicate(timeout=120)
+    with start_demo(tmp_path / "demo", "training.steps=3") as process:
+        said, _ = process.communicate(timeout=120)
     assert process.returncode == 2, said
     assert said.startswith("error: training")
     assert len(said.strip().splitlines()) == 1

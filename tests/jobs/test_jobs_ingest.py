@@ -2,6 +2,7 @@
 
 import io
 import json
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -12,7 +13,7 @@ from evaluation.sprites import SpriteWorldConfig, make_world
 from jobs.cli import app
 from jobs.config import load_config
 from jobs.ingest import Stage, next_step, print_summary
-from jobs.options import split_overrides
+from jobs.options import same_settings, split_overrides
 from jobs.train_autoencoder import RUN_FILE, train_tracked
 from pipeline.config import IngestConfig
 from pipeline.curate import CurateSummary
@@ -120,6 +121,17 @@ def test_next_step_follows_the_jobs_that_ran(tmp_path):
     autoencoder = next_step(data, [Stage.CURATE, Stage.ANNOTATE])
     assert autoencoder.startswith(f"streamdit train-autoencoder {data} --out ")
     assert next_step(data, list(Stage)).startswith(f"streamdit train {data} --out ")
+
+
+def test_next_step_has_the_preset_of_these_if_it_is_not_the_default(tmp_path):
+    data, curated = str(tmp_path), [Stage.CURATE, Stage.ANNOTATE]
+    for stages in (curated, list(Stage)):
+        assert "--preset" not in next_step(data, stages, "small")
+        assert next_step(data, stages, "streamdit-4b").endswith(" --preset streamdit-4b")
+    # It has no autoencoder of its own to train.
+    assert "--preset" not in next_step(data, curated, "streamdit-4b-wan")
+    given = same_settings("distill", "demo", Path("my own.yaml"), ["teacher.micro_steps=2"])
+    assert given == " --preset demo --config 'my own.yaml' teacher.micro_steps=2"
 
 
 def summary_text(monkeypatch, *arguments):

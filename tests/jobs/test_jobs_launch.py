@@ -28,6 +28,7 @@ from jobs.launch import (
     lost_worker,
 )
 from jobs.runtime import ray_runtime
+from pipeline.graph import stop_ray
 from streamdit.errors import UserError
 from training.checkpoint import find_checkpoints, read_facts
 from training.config import LaunchConfig, TrainConfig
@@ -102,7 +103,6 @@ def job_of(folder, make_objective, **launch_settings):
 @pytest.fixture
 def two_nodes(monkeypatch):
     """Address of a cluster of two nodes with one CPU each, and their ids."""
-    import ray
     from ray.cluster_utils import Cluster
 
     # Workers import the objectives above.
@@ -111,13 +111,13 @@ def two_nodes(monkeypatch):
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths))
     # Without a dashboard of its own, at a port where no other Ray's answers for it.
     head = {"num_cpus": 1, "object_store_memory": 100 << 20, "dashboard_port": free_port()}
-    ray.shutdown()  # a runtime that is up already would be used instead
+    stop_ray()  # a runtime that is up already would be used instead
     cluster = Cluster(initialize_head=True, head_node_args=head)
     cluster.add_node(num_cpus=1, object_store_memory=100 << 20)
     try:
         yield cluster.address, {node.node_id for node in cluster.list_all_nodes()}
     finally:
-        ray.shutdown()
+        stop_ray()
         cluster.shutdown()
 
 

@@ -1,14 +1,20 @@
 """Presets that ship with the package."""
 
+import math
+
 import pytest
 import torch
 
 from distillation.config import DistillConfig
 from jobs.config import available_presets, load_config, read_preset
+from jobs.model_facts import describe, find_subject
+from jobs.options import DEFAULT_PRESET
 from pipeline.config import IngestConfig
+from streamdit.gpus import GPUS
 from streamdit.model import StreamDiT
 from streamdit.partition import PartitionMixture, PartitionScheme
 from streamdit.published import TEXT_ENCODERS
+from training.autoencoder_config import AutoencoderTrainConfig
 from training.config import TrainConfig
 
 
@@ -22,12 +28,32 @@ def test_presets_of_one_name_fit_each_other(preset):
     assert (ingest.clip.height, ingest.clip.width) == (8 * bucket.height, 8 * bucket.width)
     assert ingest.clip.frames == 4 * train.model.buffer_frames
     assert {encoder.name: encoder.width for encoder in ingest.text_encoders} == train.model.text
+    if train.autoencoder != "wan":
+        autoencoder = load_config(AutoencoderTrainConfig, stage="autoencoder", preset=preset)
+        assert autoencoder.model.latent_channels == train.model.latent_channels
+        shape = autoencoder.model
+        factors = [math.prod(sides) for sides in zip(shape.patch, *shape.strides, strict=True)]
+        assert factors == [4, 8, 8]
     teacher = distill.teacher
     scheme = PartitionScheme.for_buffer(
         train.model.buffer_frames, teacher.chunk_frames, teacher.micro_steps
     )
     assert PartitionMixture(train.partition, train.model.buffer_frames).serves(scheme)
     assert teacher.micro_steps == train.sampling.micro_steps
+
+
+@pytest.mark.parametrize("stage", ["ingest", "autoencoder", "distill"])
+def test_what_commands_take_by_default_fits_too(stage):
+    assert DEFAULT_PRESET in available_presets("train")
+    assert set(available_presets(stage)) <= set(available_presets("train"))
+
+
+@pytest.mark.parametrize("preset", available_presets("train"))
+def test_presets_fit_the_gpus_that_they_ask_for(preset):
+    config = train_preset(preset)
+    subject = find_subject(preset, None, [])
+    training = describe(subject, GPUS["h100"])["memory"]["training"]
+    assert training["stages"][str(config.zero_stage)]["total"] < 0.9 * 80e9
 
 
 @pytest.mark.parametrize("preset", [p for p in available_presets("ingest") if "4b" in p])

@@ -3,9 +3,7 @@
 import itertools
 import json
 import os
-import signal
 import socket
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -13,6 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 from latent_dataset import train_settings, write_dataset
+from processes import kill_tree, started
 from safetensors.torch import load_file
 
 from jobs.config import available_presets, load_config
@@ -117,8 +116,16 @@ def test_a_stage_does_not_train_on_what_another_distilled(dataset, tmp_path):
     recipe = read_recipe(str(write_recipe(tmp_path)))
     again = recipe.stages[2].model_copy(update={"name": "again"})
     turned = recipe.model_copy(update={"stages": (*recipe.stages, again)})
-    with pytest.raises(UserError, match="stage again trains on what stage distill distilled"):
+    with pytest.raises(UserError, match="stage again goes on from what stage distill distilled"):
         plan_stages(turned, dataset, tmp_path / "run")
+
+
+def test_what_only_the_last_stage_cannot_do_is_told_before_the_first_one_starts(dataset, tmp_path):
+    with pytest.raises(UserError, match=r"stage distill: global_batch 8 is not .* by 3 workers"):
+        planned(tmp_path, dataset, "distill.launch.workers=3")
+    alone = "quality.partition.entries=[{chunk_frames: 2}, {chunk_frames: 4}]"
+    with pytest.raises(UserError, match=r"chunk_frames 1 .* not in the training mix of stage qual"):
+        planned(tmp_path, dataset, alone, "quality.sampling.chunk_frames=2")
 
 
 @pytest.mark.parametrize(
@@ -225,14 +232,7 @@ def start(*arguments):
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        command(*arguments, port),
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
+    return started(*command(*arguments, port), env=environment)
 
 
 @pytest.mark.slow
@@ -241,24 +241,24 @@ def test_recipe_killed_in_its_second_stage_ends_with_the_weights_of_an_unbroken_
 ):
     (tmp_path / "mlflow").mkdir()
     recipe = write_recipe(tmp_path, checkpoint={"every": 1, "keep": 2})
-    straight = start(recipe, dataset, tmp_path / "straight")
-    said, _ = straight.communicate(timeout=400)
+    with start(recipe, dataset, tmp_path / "straight") as straight:
+        said, _ = straight.communicate(timeout=400)
     assert straight.returncode == 0, said
     assert said.count("model: ") == 1, said
     assert said.count("stage 2/4: task-learning") == 1, said
 
-    broken = start(recipe, dataset, tmp_path / "broken")
     marker = tmp_path / "broken/task-learning/checkpoints/step-00000001/complete.json"
     deadline = time.monotonic() + 200
-    while not marker.exists():
-        assert broken.poll() is None, broken.stdout.read()
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    os.killpg(broken.pid, signal.SIGKILL)
-    broken.communicate()
+    with start(recipe, dataset, tmp_path / "broken") as broken:
+        while not marker.exists():
+            assert broken.poll() is None, broken.stdout.read()
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        kill_tree(broken)  # torchrun's workers have sessions of their own
+    assert not (tmp_path / "broken/task-learning/model").exists(), "it was meant to be cut off"
     finished = (tmp_path / "broken/t2v/model/model.safetensors").stat().st_mtime_ns
-    again = start(recipe, dataset, tmp_path / "broken")
-    said, _ = again.communicate(timeout=400)
+    with start(recipe, dataset, tmp_path / "broken") as again:
+        said, _ = again.communicate(timeout=400)
     assert again.returncode == 0, said
     assert (tmp_path / "broken/t2v/model/model.safetensors").stat().st_mtime_ns == finished
     for stage in STAGES:

@@ -77,6 +77,18 @@ def test_store_that_the_cluster_does_not_reach_goes_along_only_if_asked(uri, pla
     assert asked == {"MLFLOW_TRACKING_URI": "http://mlflow:5000"}
 
 
+@pytest.mark.parametrize(
+    ("job", "given", "named"),
+    [
+        (Job.TRAIN, ("/d", "--out", "/o", "tracking.uri=http://localhost:5000"), "tracking.uri"),
+        (Job.REGISTER, ("/m", "--tracking-uri", "http://localhost:5000"), "--tracking-uri"),
+    ],
+)
+def test_server_of_this_machine_is_refused_in_settings_too(job, given, named):
+    with pytest.raises(UserError, match=rf"^{named} http://localhost:5000 is an address of this"):
+        words(job, *given)
+
+
 def test_databricks_is_a_store_that_the_cluster_reaches(monkeypatch):
     for uri in ("databricks", "databricks://profile"):
         monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
@@ -95,6 +107,16 @@ def test_databricks_is_a_store_that_the_cluster_reaches(monkeypatch):
             "--data d",
         ),
         (Job.DISTILL, ("/mnt/data", "--out", "/mnt/a"), "--teacher runs/train/model"),
+        (
+            Job.DISTILL,
+            ("/mnt/d", "--out", "/mnt/a", "--teacher", "/mnt/t", "--rollouts", "r"),
+            "--rollouts r",
+        ),
+        (
+            Job.DISTILL,
+            ("/mnt/d", "--out", "/mnt/a", "--teacher", "/mnt/t", "rollouts=r"),
+            "rollouts r",
+        ),
         (
             Job.TRAIN,
             ("/d", "--out", "/o", "tracking.directory=runs/m"),

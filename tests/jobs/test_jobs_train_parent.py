@@ -51,7 +51,7 @@ def test_every_stage_of_a_recipe_has_the_parents_shape(parent, tmp_path):
         read_recipe("paper"),
         dataset,
         tmp_path / "out",
-        overrides=PARTITION,
+        overrides=[*PARTITION, "distill.teacher.chunk_frames=1"],
         parent=parent_layers(parent),
     )
     shapes = [stage.config.model for stage in stages if isinstance(stage.config, TrainConfig)]

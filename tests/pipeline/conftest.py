@@ -181,13 +181,11 @@ def without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="session")
 def ray_runtime():
     """One local Ray for all tests that need it."""
-    import ray
-
-    from pipeline.graph import ensure_ray
+    from pipeline.graph import ensure_ray, stop_ray
 
     ensure_ray()
     yield
-    ray.shutdown()
+    stop_ray()
 
 
 def file_hashes(folder: Path) -> dict[str, bytes]:

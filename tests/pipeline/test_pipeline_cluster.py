@@ -10,7 +10,7 @@ from conftest import file_hashes, write_shots
 from pipeline.annotate import annotate
 from pipeline.curate import curate
 from pipeline.encode import encode
-from pipeline.graph import run_units
+from pipeline.graph import run_units, stop_ray
 from streamdit.errors import UserError
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -36,7 +36,7 @@ def cluster(monkeypatch):
     try:
         yield cluster
     finally:
-        ray.shutdown()
+        stop_ray()
         cluster.shutdown()
 
 

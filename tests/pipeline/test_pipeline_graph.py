@@ -1,11 +1,15 @@
 """The Ray wiring of the stages: room, starting Ray, errors, and work that is left early."""
 
+import gc
+import signal
+import subprocess
+import sys
 import time
 
 import pytest
 import ray
 
-from pipeline.graph import run_stage, run_units, start_ray, workers_on
+from pipeline.graph import run_stage, run_units, start_ray, stop_ray, workers_on
 from streamdit.errors import UserError
 
 TIMED_OUT = "The current node timed out during startup. This could happen because ..."
@@ -51,6 +55,40 @@ def test_ray_is_started_a_second_time_where_its_processes_gave_up(monkeypatch, f
         start_ray(num_cpus=1)
     times = 1 if failures == ["no space left"] else 2
     assert started == [("local", {"num_cpus": 1})] * times
+
+
+def test_a_runtime_that_did_not_come_up_leaves_no_processes(monkeypatch):
+    sleepers = []
+
+    def init(address, **options):
+        sleepers.append(subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"]))
+        raise Exception("no space left")
+
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
+        with pytest.raises(Exception, match="no space left"):
+            start_ray()
+        assert [sleeper.wait(30) for sleeper in sleepers] == [-signal.SIGKILL]
+        assert other.poll() is None
+
+
+def test_what_is_held_in_cycles_goes_before_ray_is_shut_down(monkeypatch):
+    """Ray ends the process where another thread collects references to its objects meanwhile."""
+    happened = []
+
+    class Held:
+        def __init__(self):
+            self.cycle = self
+
+        def __del__(self):
+            happened.append("collected")
+
+    monkeypatch.setattr(ray, "shutdown", lambda: happened.append("shut down"))
+    gc.collect()
+    Held()
+    stop_ray()
+    assert happened == ["collected", "shut down"]
 
 
 def test_a_stage_that_fails_on_ray_says_why_and_its_other_work_ends(tmp_path, ray_runtime):

@@ -167,7 +167,7 @@ def test_workers_and_decoders_may_be_killed_while_the_job_runs(
         done = markers(open_store(dataset))
         if done > done_before:  # once after each marker, so that the job gets on
             done_before = done
-            victim = "decoder" if done % 2 else "worker"
+            victim = min(killed, key=killed.get)
             killed[victim] += next(kill_one(job, victim), False)
         time.sleep(0.05)
     job.finish()
@@ -178,14 +178,18 @@ def test_workers_and_decoders_may_be_killed_while_the_job_runs(
 def kill_one(job, kind):
     """Kill processes of a kind, one at each step."""
     for process in job.descendants():
-        try:
-            line = " ".join(process.cmdline())
-        except (psutil.NoSuchProcess, psutil.AccessDenied):
-            continue
         # Ray names a worker after what it runs; its own agents are `ray::` too, and are left alone.
-        if ("pipeline.child" if kind == "decoder" else "FlatMap(") in line:
+        if ("pipeline.child" if kind == "decoder" else "FlatMap(") in command_of(process):
             kill(process)
             yield True
+
+
+def command_of(process):
+    """Its command line; empty where it has ended meanwhile."""
+    try:
+        return " ".join(process.cmdline())
+    except (psutil.NoSuchProcess, psutil.AccessDenied):
+        return ""
 
 
 def test_no_process_outlives_a_killed_job(tmp_path, videos, autoencoder_dir, config):
@@ -193,7 +197,7 @@ def test_no_process_outlives_a_killed_job(tmp_path, videos, autoencoder_dir, con
     job = Job(videos, dataset, autoencoder_dir, config.model_dump_json())
     while markers(open_store(dataset)) < 1 and job.process.poll() is None:
         time.sleep(0.02)
-    decoders = [p for p in job.descendants() if "pipeline.child" in " ".join(p.cmdline())]
+    decoders = [p for p in job.descendants() if "pipeline.child" in command_of(p)]
     workers = [p for p in job.descendants() if p not in decoders]
     os.kill(job.process.pid, signal.SIGKILL)
     job.process.communicate()

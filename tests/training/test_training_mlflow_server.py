@@ -1,14 +1,15 @@
 """A team's MLflow server: PostgreSQL behind it, artifacts in S3, two people at once."""
 
 import os
-import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import mlflow
 import pytest
 from latent_dataset import write_dataset
 from mlflow_server import mlflow_server, s3_client
+from processes import started
 
 import streamdit
 from streamdit.io import read_model_config
@@ -27,21 +28,19 @@ SETTINGS = (
 
 def start(address, module, *words):
     environment = {k: v for k, v in os.environ.items() if not k.startswith("AWS_")}
-    return subprocess.Popen(
-        [sys.executable, "-m", f"jobs.{module}", *map(str, words)],
+    return started(
+        *(sys.executable, "-m", f"jobs.{module}", *words),
         cwd=ROOT,
         # Neither the store's address nor its keys: the server hands artifacts on.
         env={**environment, "MLFLOW_TRACKING_URI": address, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
     )
 
 
-def finish(*processes):
-    for process in processes:
-        said, _ = process.communicate(timeout=500)
-        assert process.returncode == 0, said
+def finish(*commands):
+    with ExitStack() as stack:
+        for process in [stack.enter_context(command) for command in commands]:
+            said, _ = process.communicate(timeout=500)
+            assert process.returncode == 0, said
 
 
 @pytest.mark.slow

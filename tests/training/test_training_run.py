@@ -12,9 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 from latent_dataset import train_settings, write_dataset
+from processes import run
 from safetensors.torch import load_file
 from training_runs import losses, tiny_job, train, train_together
 
+from jobs.config import load_config
 from streamdit.errors import UserError
 from streamdit.io import load_model
 from streamdit.model import build_dit
@@ -74,6 +76,18 @@ def test_accumulated_micro_batches_equal_one_batch(dataset_dir, tmp_path):
     assert losses(tmp_path / "2") == pytest.approx(losses(tmp_path / "8"), rel=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("micro_batch", "workers", "expected"),
+    [(None, 4, (16, 1)), (8, 4, (8, 2)), (8, 16, (4, 1)), (6, 4, (4, 4)), (1, 2, (1, 32))],
+)
+def test_micro_batch_is_the_largest_that_divides_a_workers_share(micro_batch, workers, expected):
+    config = load_config(TrainConfig, stage="train", preset="small")
+    config = config.model_copy(update={"global_batch": 64, "micro_batch": micro_batch})
+    assert config.accumulation(workers) == expected
+    with pytest.raises(UserError, match="global_batch 64 is not divisible by 3 workers"):
+        config.accumulation(3)
+
+
 def test_figures_are_computed_for_logged_steps_only(dataset_dir, tmp_path, monkeypatch):
     figures, computed = FlowMatching._figures, []
 
@@ -131,7 +145,7 @@ def test_run_is_recorded_in_mlflow_and_a_changed_configuration_is_refused(datase
     artifacts = {item.path for item in client.list_artifacts(found.info.run_id, "model")}
     assert {"model/config.json", "model/model.safetensors"} <= artifacts
 
-    with pytest.raises(UserError, match="was made with another configuration or data set"):
+    with pytest.raises(UserError, match=r"step-\d+ was made with seed=0, not 1: what decides"):
         train(dataset_dir, out, seed=1)
 
 
@@ -345,18 +359,13 @@ finally:
 def test_one_worker_that_is_asked_to_stop_in_a_validation_stops_all(dataset_dir, tmp_path):
     script, root = tmp_path / "workers.py", Path(__file__).parents[2]
     script.write_text(TWO_WORKERS)
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-            *("--nproc-per-node=2", script, dataset_dir, tmp_path / "out"),
-        ],
-        capture_output=True,
-        text=True,
+    _, said = run(
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+        *("--nproc-per-node=2", script, dataset_dir, tmp_path / "out"),
         env=os.environ | {"PYTHONPATH": f"{root}{os.pathsep}{root / 'tests'}"},
         timeout=240,
-        check=False,
     )
-    assert "stopped at step 2; the same command continues" in done.stderr
+    assert "stopped at step 2; the same command continues" in said
     assert find_checkpoints(tmp_path / "out" / "checkpoints")[0].name == "step-00000002"
     train_together(tmp_path, [{"dataset": dataset_dir, "out": tmp_path / "out", "zero_stage": 3}])
     assert sorted(losses(tmp_path / "out")) == [1, 2, 3, 4, 5, 6]

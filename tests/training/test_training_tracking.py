@@ -12,6 +12,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 from latent_dataset import write_dataset
 from outbox_server import wait_for
+from processes import kill_tree
 from training_runs import losses, train
 
 from streamdit.errors import UserError
@@ -198,13 +199,12 @@ def serve(folder, port):
         except requests.RequestException:
             return False
 
-    wait_for(answers, 120)
+    try:
+        wait_for(answers, 120)
+    except BaseException:
+        kill_tree(process)
+        raise
     return process
-
-
-def kill(process):
-    os.killpg(process.pid, 9)
-    process.wait()
 
 
 @pytest.mark.slow
@@ -221,7 +221,7 @@ def test_a_run_outlives_its_tracking_server_and_catches_up(tmp_path, monkeypatch
 
     def outage(run, batches, stop):
         if run.step == 2 and len(servers) == 1:
-            kill(servers[0])
+            kill_tree(servers[0])
         if run.step == 5:
             servers.append(serve(tmp_path, port))
         return train_step(run, batches, stop)
@@ -250,4 +250,4 @@ def test_a_run_outlives_its_tracking_server_and_catches_up(tmp_path, monkeypatch
     finally:
         for server in servers:
             if server.poll() is None:
-                kill(server)
+                kill_tree(server)
