@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from jobs.config import load_config
+from jobs.config import available_presets, load_config
 from jobs.console import format_bytes, format_duration, progress, say
 from jobs.options import DEFAULT_PRESET, ConfigFile, Preset, same_settings, split_overrides
 from jobs.runtime import ray_runtime
@@ -24,6 +24,7 @@ from pipeline.lock import writing
 from pipeline.schema import MANIFEST_FILE, read_dead_letters
 from streamdit.autoencoder import load_autoencoder
 from streamdit.errors import UserError
+from training.config import TrainConfig
 
 REASONS_SHOWN = 3
 
@@ -94,6 +95,8 @@ def command(
         IngestConfig, stage="ingest", preset=preset, file=config, overrides=overrides
     )
     check_request(stages, inputs, out, autoencoder, settings)
+    if Stage.ENCODE in stages and autoencoder is not None:
+        warn_of_channels(autoencoder, preset)
     with writing(out, "streamdit ingest", say), ray_runtime(address):
         facts = run_stages(
             stages, inputs, out, autoencoder, settings, retry_dead=retry_dead, replace=replace
@@ -128,6 +131,20 @@ def check_request(
     loaded = load_autoencoder(autoencoder)
     for shape in config.clip.shapes:
         latent_shape(loaded, shape)
+
+
+def warn_of_channels(autoencoder: str, preset: str) -> None:
+    """Say before anything is encoded that training's preset of the same name will refuse it."""
+    if preset not in available_presets("train"):
+        return
+    wanted = load_config(TrainConfig, stage="train", preset=preset).model.latent_channels
+    made = load_autoencoder(autoencoder).identity.latent_channels
+    if made != wanted:
+        say(
+            f"note: {autoencoder} makes latents of {made} channels, but `streamdit train --preset "
+            f"{preset}` takes {wanted}: train with model.latent_channels={made}, or --from a model "
+            "that has them, or give another autoencoder now"
+        )
 
 
 def run_stages(

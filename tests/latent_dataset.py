@@ -30,10 +30,10 @@ ENCODERS = (TextEncoderConfig(name="bytes", kind="bytes", width=16, max_tokens=1
 CAPTIONS = ("a red circle", "a blue square moving left", "nothing")
 
 
-def tiny_autoencoder(folder: Path):
+def tiny_autoencoder(folder: Path, latent_channels: int = 4):
     torch.manual_seed(0)
     config = CausalAutoencoderConfig(
-        latent_channels=4,
+        latent_channels=latent_channels,
         patch=(1, 4, 4),
         widths=(8, 8),
         strides=((4, 2, 2),),

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
+from latent_dataset import tiny_autoencoder
 from rich.console import Console
 from typer.testing import CliRunner
 
@@ -12,7 +13,7 @@ import jobs.ingest
 from evaluation.sprites import SpriteWorldConfig, make_world
 from jobs.cli import app
 from jobs.config import load_config
-from jobs.ingest import Stage, next_step, print_summary
+from jobs.ingest import Stage, next_step, print_summary, warn_of_channels
 from jobs.options import same_settings, split_overrides
 from jobs.train_autoencoder import RUN_FILE, train_tracked
 from pipeline.config import IngestConfig
@@ -132,6 +133,18 @@ def test_next_step_has_the_preset_of_these_if_it_is_not_the_default(tmp_path):
     assert "--preset" not in next_step(data, curated, "streamdit-4b-wan")
     given = same_settings("distill", "demo", Path("my own.yaml"), ["teacher.micro_steps=2"])
     assert given == " --preset demo --config 'my own.yaml' teacher.micro_steps=2"
+
+
+def test_latents_that_the_preset_of_training_will_refuse_are_told_before_they_are_made(
+    tmp_path, capsys
+):
+    tiny_autoencoder(tmp_path, latent_channels=8)
+    warn_of_channels(str(tmp_path), "streamdit-4b")
+    assert capsys.readouterr().err == ""
+    warn_of_channels(str(tmp_path), "small")
+    said = " ".join(capsys.readouterr().err.split())
+    assert said.startswith(f"note: {tmp_path} makes latents of 8 channels")
+    assert "`streamdit train --preset small` takes 16" in said
 
 
 def summary_text(monkeypatch, *arguments):
