@@ -166,8 +166,14 @@ class CachedRollouts:
                     for row, clip_id in enumerate(clip_ids):
                         self._places.setdefault(clip_id, []).append((file, group, row))
 
-    def check_fits(self, plan: RolloutPlan, parent: StreamDiTConfig, dataset: DatasetPath) -> None:
-        """Refuse rollouts of another teacher, data set or plan than the run's.
+    def check_fits(
+        self,
+        plan: RolloutPlan,
+        parent: StreamDiTConfig,
+        dataset: DatasetPath,
+        precision: str = "bfloat16",
+    ) -> None:
+        """Refuse rollouts of another teacher, data set or plan, or rougher ones, than the run's.
 
         Raises:
             UserError: naming what differs.
@@ -183,6 +189,11 @@ class CachedRollouts:
             raise UserError(
                 f"{self.directory} was made from data set {manifest.dataset_fingerprint}, not "
                 f"from {fingerprint}; give that data set, or make the rollouts anew"
+            )
+        if (manifest.precision, precision) == ("bfloat16", "float32"):
+            raise UserError(
+                f"{self.directory} was made in bfloat16 but the run is in float32; make the "
+                "rollouts with precision=float32, or set precision=bfloat16"
             )
         wanted = plan_record(plan)
         for name, value in manifest.plan.items():

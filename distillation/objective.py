@@ -112,7 +112,7 @@ def make_objective(job: TrainJob, device: torch.device) -> MultistepDistillation
     source: RolloutSource
     if config.rollouts:
         cached = CachedRollouts(config.rollouts)
-        cached.check_fits(plan, parent, job.dataset)
+        cached.check_fits(plan, parent, job.dataset, config.precision)
         source = cached
     else:
         source = LiveRollouts(load_teacher(job.parent, config, device), plan)

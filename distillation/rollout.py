@@ -83,26 +83,27 @@ def teacher_walk(
         null_text: states of the empty prompt, batch 1.
 
     Returns:
-        `[b, f, C, h, w]`.
+        The way that each frame went, end less start, `[b, f, C, h, w]`. It is added up by itself:
+        in a narrow segment it is far smaller than the latents, whose difference rounding would eat.
     """
     scale = plan.at_segment(plan.guidance, positions)
     unguided = all(weight == 1.0 for weight in plan.guidance)
-    latents = start
+    way = torch.zeros_like(start)
     for micro_step in range(plan.scheme.s):
         tau = plan.levels(positions, moving, micro_step)
         next_tau = plan.levels(positions, moving, micro_step + 1)
         velocity = guided_velocity(
-            teacher, latents, tau, text, null_text, 1.0 if unguided else scale
+            teacher, start + way, tau, text, null_text, 1.0 if unguided else scale
         )
-        latents = euler_step(latents, velocity.float(), tau, next_tau)
-    return latents
+        way = euler_step(way, velocity.float(), tau, next_tau)
+    return way
 
 
-def average_velocity(start: Tensor, end: Tensor, tau: Tensor, next_tau: Tensor) -> Tensor:
-    """Average velocity between two points of a walk, frame by frame; 0 for resting frames."""
+def average_velocity(way: Tensor, tau: Tensor, next_tau: Tensor) -> Tensor:
+    """Average velocity of a way that was gone, frame by frame; 0 for resting frames."""
     width = per_frame(next_tau - tau)
     moving = width > 0
-    return torch.where(moving, (end - start) / torch.where(moving, width, 1.0), 0.0)
+    return torch.where(moving, way / torch.where(moving, width, 1.0), 0.0)
 
 
 class LiveRollouts:
@@ -130,10 +131,10 @@ class LiveRollouts:
         tau = plan.levels(positions, moving, 0)
         start = interpolate(batch.latents, draws["noise"][:, :frames], tau, plan.sigma_min)
         start = self._drifted(start, student, batch, draws)
-        end = teacher_walk(
+        way = teacher_walk(
             self.teacher, start, positions, moving, plan, batch.text, batch.null_text
         )
-        target = average_velocity(start, end, tau, plan.levels(positions, moving, plan.scheme.s))
+        target = average_velocity(way, tau, plan.levels(positions, moving, plan.scheme.s))
         return Rollout(start, target, positions, moving, draws["kind"])
 
     def extra_forwards(self, draws: Draws) -> int:
@@ -155,7 +156,7 @@ class LiveRollouts:
 
         def by_teacher(latents: Tensor, positions: Tensor, text: TextStates) -> Tensor:
             moving = positions < plan.scheme.total_steps
-            return teacher_walk(
+            return latents + teacher_walk(
                 self.teacher, latents, positions, moving, plan, text, batch.null_text
             )
 

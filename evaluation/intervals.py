@@ -17,7 +17,9 @@ T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 Z_975 = 1.96
 
 Marks = Sequence[Sequence[float]]
-"""For each seed a mark, 0...1, of each of its videos; the same videos in every seed's order."""
+"""For each seed a mark, 0...1, of each of its videos; the same videos in every seed's order.
+
+A mark is a yes or a no, or a mean of several."""
 
 
 class Interval(BaseModel):
@@ -76,9 +78,16 @@ def student_t(freedom: int) -> float:
 
 
 def share_interval(marks: Marks) -> Interval:
-    """Interval of a share over seeds, at least as wide as Wilson's of all videos together."""
+    """Interval of a share over seeds, at least as wide as that of all videos together.
+
+    That is Wilson's where marks are yes or no. Means of several scatter less: theirs is by their
+    own scatter, with one video of mark 0 and one of mark 1 added.
+    """
     over_seeds = interval([statistics.fmean(seed) for seed in marks])
-    return _at_least(over_seeds, wilson_half(over_seeds.mean, sum(map(len, marks))))
+    together = [mark for seed in marks for mark in seed]
+    if set(together) <= {0.0, 1.0}:
+        return _at_least(over_seeds, wilson_half(over_seeds.mean, len(together)))
+    return _at_least(over_seeds, _half_by_scatter([*together, 0.0, 1.0]))
 
 
 def wilson_half(share: float, count: int) -> float:
@@ -105,10 +114,13 @@ def difference_interval(marks: Marks, others: Marks) -> Interval:
         for seed, other in zip(marks, others, strict=True)
         for mine, theirs in zip(seed, other, strict=True)
     ]
-    count = len(pairs) + 2
-    mean = sum(pairs) / count
-    squares = (sum(pair * pair for pair in pairs) + 1) / count
-    return _at_least(interval(means), Z_975 * math.sqrt((squares - mean * mean) / count))
+    half_a_pair = math.sqrt(0.5)
+    return _at_least(interval(means), _half_by_scatter([*pairs, half_a_pair, -half_a_pair]))
+
+
+def _half_by_scatter(values: Sequence[float]) -> float:
+    """Half width of the mean's interval, from how much the values scatter."""
+    return Z_975 * statistics.pstdev(values) / math.sqrt(len(values))
 
 
 def _at_least(found: Interval, floor: float) -> Interval:

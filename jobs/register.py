@@ -12,6 +12,7 @@ import typer
 
 from jobs.console import progress, say
 from jobs.options import TrackingDirectory, TrackingUri
+from jobs.services import without_secrets
 from streamdit.errors import UserError
 from streamdit.io import read_model_config
 from training.config import TrackingConfig
@@ -87,13 +88,14 @@ def command(
     with tempfile.TemporaryDirectory() as folder:
         sample = make_sample(model, prompt, sample_frames, Path(folder)) if sample_frames else None
         registered = register(model, name, alias, tracking, numbers, sample, promotion)
-    say(f"registered {registered.name} version {registered.version} in {registered.tracking_uri}")
+    store = without_secrets(registered.tracking_uri)
+    say(f"registered {registered.name} version {registered.version} in {store}")
     if alias is not None:
         verb = "points to" if registered.alias else "does not move to"
         reason = f" ({registered.note})" if registered.note else ""
         say(f"alias {alias} {verb} version {registered.version}{reason}")
     say(
-        f"next: MLFLOW_TRACKING_URI={registered.tracking_uri} streamdit generate "
+        f"next: MLFLOW_TRACKING_URI={store} streamdit generate "
         f'{registered.uri} --prompt "..." --out video.mp4'
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ import typer
 
 from distillation.config import DistillConfig
 from jobs.config import load_config
-from jobs.console import OnProgress, progress, say
+from jobs.console import OnProgress, format_duration, progress, say
 from jobs.distill import teacher_plan
 from jobs.launch import check_resources
 from jobs.options import (
@@ -37,6 +38,8 @@ REQUEST_FILE = "request.json"
 CLIPS_PER_FILE = 32
 PATIENCE_S = 60.0
 """How long nothing may happen before it is said that a cluster starts no actor."""
+LONG_S = 600.0
+"""How long actors may work before it is said that none of them has finished anything."""
 
 
 @dataclass(frozen=True)
@@ -141,9 +144,16 @@ def _make_missing(
 
     from distillation.cache import MANIFEST_FILE, RolloutManifest, plan_record
     from pipeline.schema import load_manifest
+    from training.data import LatentDataset
 
+    parent = read_model_config(teacher)
+    for split in ("train", "held_out"):
+        data = LatentDataset(dataset, split)
+        if len(data) or split == "train":
+            data.check_fits(parent.model)
+            data.check_continues(parent)
     record = {
-        "teacher_sha256": read_model_config(teacher).weights_sha256,
+        "teacher_sha256": parent.weights_sha256,
         "dataset_fingerprint": load_manifest(dataset).fingerprint,
         "plan": plan_record(teacher_plan(config, teacher)),
         "seed": config.seed,
@@ -219,7 +229,8 @@ def plan_units(dataset: DatasetPath, per_clip: int) -> list[Unit]:
 def _work_off(actors: Sequence[Any], units: Sequence[Unit], launch: LaunchConfig) -> Iterator[Unit]:
     """Give every actor one unit at a time, once it is up; yields the units as they are done.
 
-    A cluster may have no room for some of the actors yet, or ever: the others do their part.
+    A cluster may have no room for some of the actors yet, or ever: the others do their part. One
+    with nothing left to do leaves its room to those that lost theirs with a unit in hand.
     """
     import ray
 
@@ -227,9 +238,16 @@ def _work_off(actors: Sequence[Any], units: Sequence[Unit], launch: LaunchConfig
     starting = {actor.__ray_ready__.remote(): actor for actor in actors}
     running: dict[Any, tuple[Any, Unit]] = {}
     while waiting or running:
+        since = time.monotonic()
         while not (ready := ray.wait([*starting, *running], num_returns=1, timeout=PATIENCE_S)[0]):
             if not running:
                 say(_why_none_starts(len(starting), launch))
+            elif (quiet_s := time.monotonic() - since) > LONG_S:
+                since = time.monotonic()
+                say(
+                    f"no rollouts were finished for {format_duration(quiet_s)}: {len(running)} "
+                    "units are under way, or wait for an actor that Ray starts again"
+                )
         (finished,) = ready
         ray.get(finished)
         if finished in starting:
@@ -240,6 +258,8 @@ def _work_off(actors: Sequence[Any], units: Sequence[Unit], launch: LaunchConfig
             following = waiting.pop()
             task = actor.make.options(max_task_retries=2).remote(following)
             running[task] = (actor, following)
+        else:
+            ray.kill(actor)
         if not waiting:
             for pending in starting.values():
                 ray.kill(pending)

@@ -122,11 +122,24 @@ def _check_alike(by_seed: Sequence[Sequence[System]]) -> None:
     """
     for seed, systems in enumerate(by_seed):
         for system, first in zip(systems, by_seed[0], strict=True):
-            if system.sampling != first.sampling:
+            if (system.label, system.sampling) != (first.label, first.sampling):
                 raise UserError(
                     f"{system.model} is measured as {system.label} but {first.model} as "
                     f"{first.label}; seed {seed} must be distilled as the first, or measured apart"
                 )
+            mine, theirs = (_pictures(Path(each.model)) for each in (system, first))
+            if mine != theirs:
+                raise UserError(
+                    f"{system.model} makes {mine} but {first.model} {theirs}; seed {seed} must "
+                    "have the first one's shape, or be measured apart"
+                )
+
+
+def _pictures(model: Path) -> str:
+    """What decides how long a buffer of a model lasts."""
+    config = read_model_config(model)
+    frames = config.model.buffer_frames * config.autoencoder.temporal_factor
+    return f"buffers of {frames} frames at {config.fps:g} frames per second"
 
 
 def _stage_settings(

@@ -72,23 +72,33 @@ def stream_costs(
     import streamdit
 
     models = {system.label: streamdit.load(system.model) for system in systems}
-    per_second = fps / TIMED_FRAMES
+    timed = {
+        system.label: whole_chunks(models[system.label], system, TIMED_FRAMES) for system in systems
+    }
     evaluations = {}
     for system in systems:
+        frames = timed[system.label]
         once, twice = (
-            count_evaluations(models[system.label], system, prompt, frames)
-            for frames in (TIMED_FRAMES, 2 * TIMED_FRAMES)
+            count_evaluations(models[system.label], system, prompt, length)
+            for length in (frames, 2 * frames)
         )
-        evaluations[system.label] = (twice - once) * per_second
+        evaluations[system.label] = (twice - once) * fps / frames
     seconds: dict[str, list[float]] = {system.label: [] for system in systems}
     for _ in range(rounds):
         for system in systems:
+            frames = timed[system.label]
             once, twice = (
-                _time_stream(models[system.label], system, prompt, frames)
-                for frames in (TIMED_FRAMES, 2 * TIMED_FRAMES)
+                _time_stream(models[system.label], system, prompt, length)
+                for length in (frames, 2 * frames)
             )
-            seconds[system.label].append((twice - once) * per_second)
+            seconds[system.label].append((twice - once) * fps / frames)
     return {label: (evaluations[label], seconds[label]) for label in evaluations}
+
+
+def whole_chunks(model: StreamingModel, system: System, frames: int) -> int:
+    """Frames of as many chunks as hold at least `frames`: a stream makes whole chunks."""
+    chunk = system.sampling.chunk_frames * model.config.autoencoder.temporal_factor
+    return -(-frames // chunk) * chunk
 
 
 def count_evaluations(

@@ -90,7 +90,7 @@ class Denoiser:
         self.model = model
         self.scheme = scheme
         self.latent_shape = latent_shape
-        self.seeds = list(seeds)
+        self.seeds = [int(seed) for seed in seeds]
         self.gamma = gamma or GammaConfig()
         self.guidance_scale = guidance_scale
         self.device = torch.device(device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -168,8 +169,15 @@ class StreamingModel:
             identity={
                 "weights": self.config.weights_sha256,
                 "autoencoder weights": self.config.autoencoder.sha256,
+                "precision": _name(next(self.model.parameters()).dtype),
+                "decoder's precision": self._decoder_precision(decoder),
             },
         )
+
+    def _decoder_precision(self, decoder: DecoderConfig | None) -> str:
+        if decoder is not None and decoder.bfloat16:
+            return _name(torch.bfloat16)
+        return _name(next(self.autoencoder.parameters()).dtype)
 
     def latents(self, frames: np.ndarray) -> Tensor:
         """Normalised latents `[1, f, C, h, w]` of frames uint8 `[n, H, W, 3]`, fitted in size.
@@ -202,9 +210,15 @@ class StreamingModel:
     ) -> Stream:
         """Continue a stream that :meth:`Stream.save` wrote, bit for bit, in this process.
 
+        Args:
+            path: the file.
+            fast: which optimisations the steps run with; others than the saved stream's may differ
+                by rounding.
+            decoder: how to decode; default: in the precision of the saved stream.
+
         Raises:
             UserError: if the file is none, the model does not serve its scheme, or another model
-                made it.
+                made it, or one in another precision.
         """
         state = load_state(path, self.device)
         plan = state["denoiser"]["plan"]
@@ -218,6 +232,9 @@ class StreamingModel:
         given = (1, plan["K"], *self.latent_shape) if plan["references_given"] else None
         references = torch.zeros(given, device=self.device) if given else None
         denoiser = self._unprompted(state["denoiser"]["seeds"], sampling, None, references, fast)
+        if decoder is None:
+            saved = state.get("identity", {}).get("decoder's precision")
+            decoder = DecoderConfig(bfloat16=saved == _name(torch.bfloat16))
         stream = self._stream(denoiser, state["prompt"], None, decoder)
         stream.restore(state)
         return stream
@@ -254,6 +271,10 @@ def load(
     return StreamingModel(config, model.eval(), autoencoder.eval(), encoders, chosen)
 
 
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 def check_autoencoder(found: AutoencoderIdentity, expected: AutoencoderIdentity) -> None:
     """Refuse an autoencoder other than the one that the latents were made with."""
     if found.sha256 != expected.sha256:
@@ -261,3 +282,10 @@ def check_autoencoder(found: AutoencoderIdentity, expected: AutoencoderIdentity)
             f"autoencoder {found.source} has SHA-256 {found.sha256[:12]}... but the model was "
             f"trained on latents of {expected.sha256[:12]}...; restore the original autoencoder"
         )
+    for what in ("scale", "shift"):
+        mine, theirs = getattr(found, what), getattr(expected, what)
+        if not all(math.isclose(a, b, rel_tol=1e-6) for a, b in zip(mine, theirs, strict=True)):
+            raise UserError(
+                f"autoencoder {found.source} has another {what} of its latents than the model was "
+                "trained on; restore its original config.json"
+            )

@@ -39,18 +39,21 @@ def download(uri: str) -> Path:
         import mlflow.artifacts
         from mlflow.exceptions import MlflowException
         from mlflow.store.artifact.models_artifact_repo import ModelsArtifactRepository
+        from mlflow.utils.file_utils import local_file_uri_to_path
         from mlflow.utils.uri import is_local_uri
     except ImportError:
         raise UserError(
             f"{uri} is in an MLflow registry, but mlflow is not installed; pip install mlflow"
         ) from None
+    unreachable: tuple[type[Exception], ...] = (MlflowException, OSError, *_errors_of_s3())
     try:
         version = _find_version(uri)
         # The alias may move meanwhile; the version stays what it is.
         fixed = f"models:/{version.name}/{version.version}"
-        if is_local_uri(ModelsArtifactRepository.get_underlying_uri(fixed)):
-            local = Path(mlflow.artifacts.download_artifacts(artifact_uri=fixed))
-            return _checked(local, uri, version)
+        place = ModelsArtifactRepository.get_underlying_uri(fixed)
+        if is_local_uri(place):
+            # Not downloaded from, which would write a note into the store.
+            return _checked(Path(local_file_uri_to_path(place)), uri, version)
         kept = _place_of(version)
         if not kept.is_dir():
             kept.parent.mkdir(parents=True, exist_ok=True)
@@ -64,13 +67,22 @@ def download(uri: str) -> Path:
                 except OSError:
                     if not kept.is_dir():  # else another process was faster
                         raise
-    except MlflowException as error:
+    except unreachable as error:
         reason = str(error).splitlines()[0]
         raise UserError(
             f"{uri} cannot be loaded: {reason}; check the name and alias, and that "
             "MLFLOW_TRACKING_URI points to the store that holds it"
         ) from None
     return _checked(kept, uri, version)
+
+
+def _errors_of_s3() -> tuple[type[Exception], ...]:
+    """What the client of an artifact store raises, where one is installed."""
+    try:
+        from botocore.exceptions import BotoCoreError, ClientError
+    except ImportError:
+        return ()
+    return BotoCoreError, ClientError
 
 
 def _find_version(uri: str) -> Any:

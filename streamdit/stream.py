@@ -148,9 +148,10 @@ class Stream(Iterator[StreamChunk]):
         for name in sorted({*theirs, *self.identity}):
             saved, mine = (known.get(name) or "unknown" for known in (theirs, self.identity))
             if saved != mine:
+                of = " of SHA-256" if name.endswith("weights") else ""
                 raise UserError(
-                    f"the saved stream was made with the {name} of SHA-256 {saved[:12]} but these "
-                    f"are {mine[:12]}; continue it with the model that made it"
+                    f"the saved stream was made with the {name}{of} {saved[:12]}, not "
+                    f"{mine[:12]}; continue it with the model that made it, as it was loaded then"
                 )
         self.denoiser.restore(state["denoiser"])
         self._decoder.state = state["decoder"]

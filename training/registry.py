@@ -30,6 +30,10 @@ from training.revision import git_revision
 from training.run_of_model import run_for, with_run_id
 from training.tracking import ALREADY_EXISTS, connect, use_store
 
+ASKS_TAG = "asks_for."
+"""With an alias: a version that was to have it for a higher or lower score, as this says."""
+TOGETHER_MS = 600_000
+"""Versions made within this time may have been compared with the same holder of an alias."""
 SCORE_TAG = "score."
 """What tags with scores begin with."""
 
@@ -81,16 +85,38 @@ class Promotion:
     metric: str
     lower_is_better: bool = False
 
+    @property
+    def wanted(self) -> str:
+        """What is asked for, in words."""
+        return f"{self._direction} {self.metric}"
+
+    @property
+    def _direction(self) -> str:
+        return "lower" if self.lower_is_better else "higher"
+
+    def beats(self, new: float, old: float) -> bool:
+        """Whether a score is better than another."""
+        return new < old if self.lower_is_better else new > old
+
     def judge(self, new: float, old: str | None, holder: str) -> tuple[bool, str]:
         """Whether `new` beats the score `old` of the version that has the alias, and a reason."""
-        if old is None or not math.isfinite(beaten := float(old)):
+        beaten = read_score(old)
+        if beaten is None:
             return True, f"{holder} has no score {self.metric} to beat"
-        better = new < beaten if self.lower_is_better else new > beaten
-        wanted = "lower" if self.lower_is_better else "higher"
+        better = self.beats(new, beaten)
         return better, (
-            f"{self.metric} {new:.6g} is {'' if better else 'not '}{wanted} than {beaten:.6g} of "
-            f"{holder}"
+            f"{self.metric} {new:.6g} is {'' if better else 'not '}{self._direction} than "
+            f"{beaten:.6g} of {holder}"
         )
+
+
+def read_score(tag: str | None) -> float | None:
+    """A score from its tag; None for one that is no finite number, as people may write any tag."""
+    try:
+        score = float(tag or "nan")
+    except ValueError:
+        return None
+    return score if math.isfinite(score) else None
 
 
 def register(
@@ -134,6 +160,8 @@ def register(
     try:
         tags = version_tags(config, scores) | _teacher_tags(client, config)
         tags["config_sha256"] = file_sha256(Path(model_directory) / CONFIG_FILE)
+        if promotion is not None and alias is not None:
+            tags[ASKS_TAG + alias] = promotion.wanted
         with run_for(client, experiment_id, config, name) as run_id:
             version = _create_version(
                 client, run_id, name, Path(model_directory), config, tags, scores, sample
@@ -282,7 +310,38 @@ def _move_alias(
         better, note = promotion.judge(scores[promotion.metric], old, f"version {holder}")
     if better:
         client.set_registered_model_alias(name, alias, version)
+        if promotion is not None:
+            rival = _better_rival(client, name, alias, version, scores, promotion)
+            if rival is not None:
+                client.set_registered_model_alias(name, alias, rival)
+                return False, f"version {rival}, registered meanwhile, is better"
     return better, note
+
+
+def _better_rival(
+    client: Any,
+    name: str,
+    alias: str,
+    version: str,
+    scores: Mapping[str, float],
+    promotion: Promotion,
+) -> str | None:
+    """The best version that asked for the alias at the same time, if this one is not.
+
+    A registry cannot move an alias on a condition: of two that both beat its holder the last to
+    move it wins, whatever it is worth. So whoever has moved it looks around.
+    """
+    made_ms = client.get_model_version(name, version).creation_timestamp
+    best, rival = scores[promotion.metric], None
+    for other in _all(client.search_model_versions, f"name = '{name}'"):
+        asked = other.tags.get(ASKS_TAG + alias) == promotion.wanted
+        if str(other.version) == version or not asked:
+            continue
+        score = read_score(other.tags.get(SCORE_TAG + promotion.metric))
+        together = abs(other.creation_timestamp - made_ms) < TOGETHER_MS
+        if together and score is not None and promotion.beats(score, best):
+            best, rival = score, str(other.version)
+    return rival
 
 
 def find_registered(name: str, alias: str, tracking: TrackingConfig) -> RegisteredVersion | None:
@@ -317,7 +376,8 @@ def list_versions(tracking: TrackingConfig, name: str | None = None) -> list[dic
         for version in sorted(versions, key=lambda v: int(v.version), reverse=True):
             holders = model.aliases.items()
             tags = dict(version.tags)
-            scores = {k: v for k, v in tags.items() if k.startswith(SCORE_TAG)}
+            found = {k: read_score(v) for k, v in tags.items() if k.startswith(SCORE_TAG)}
+            scores = {k: score for k, score in found.items() if score is not None}
             rows.append(
                 {
                     "name": model.name,
@@ -325,7 +385,7 @@ def list_versions(tracking: TrackingConfig, name: str | None = None) -> list[dic
                     "aliases": sorted(a for a, v in holders if str(v) == str(version.version)),
                     "created_ms": version.creation_timestamp,
                     "tags": {k: v for k, v in tags.items() if k not in scores},
-                    "scores": {k.removeprefix(SCORE_TAG): float(v) for k, v in scores.items()},
+                    "scores": {k.removeprefix(SCORE_TAG): v for k, v in scores.items()},
                 }
             )
     return rows

@@ -163,6 +163,16 @@ def test_rollouts_may_lie_in_an_s3_store(folder, rollouts_dir, s3):
     assert isinstance(job.make_objective(job, torch.device("cpu")).source, CachedRollouts)
 
 
+def test_data_that_does_not_fit_the_teacher_is_refused_before_any_rollout(folder, tmp_path):
+    other = write_dataset(tmp_path / "data")
+    manifest = json.loads((other / "manifest.json").read_text())
+    manifest["autoencoder"]["sha256"] = "0" * 64
+    (other / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=r"its latents come from autoencoder 000000000000"):
+        make_rollouts(other, folder / "model", tmp_path / "out", settings(), 1)
+    assert not list((tmp_path / "out").glob("*.parquet"))
+
+
 def test_damaged_rollout_is_named_with_its_file_and_what_mends_it(rollouts_dir, tmp_path):
     copy = shutil.copytree(rollouts_dir, tmp_path / "rollouts")
     for file in copy.glob("*.parquet"):
@@ -196,6 +206,12 @@ def test_rollouts_of_another_teacher_plan_or_data_set_are_refused(folder, rollou
         cached.check_fits(plan, parent, grown)
     with pytest.raises(UserError, match="holds rollouts with another dataset_fingerprint"):
         make_rollouts(grown, folder / "model", rollouts_dir, settings(), 2)
+    manifest = cached.manifest
+    cached.manifest = manifest.model_copy(update={"precision": "bfloat16"})
+    with pytest.raises(UserError, match=r"was made in bfloat16 but the run is in float32"):
+        cached.check_fits(plan, parent, data, "float32")
+    cached.check_fits(plan, parent, data, "bfloat16")
+    cached.manifest = manifest
     with pytest.raises(UserError, match="holds no finished rollouts"):
         CachedRollouts(tmp_path)
     with pytest.raises(UserError, match="holds rollouts with another plan"):

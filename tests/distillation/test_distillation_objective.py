@@ -118,16 +118,34 @@ def test_target_of_a_gaussian_teacher_is_the_exact_average_velocity(scheme, gamm
     start = torch.randn(3, *SHAPE)
     positions = scheme.positions().expand(3, -1)
     moving = scheme.segments().expand(3, -1) > 0
-    end = teacher_walk(
+    way = teacher_walk(
         gaussian_teacher, start, positions, moving, plan, states(1.0, 3), states(0.0, 1)
     )
     tau, end_tau = plan.levels(positions, moving, 0), plan.levels(positions, moving, scheme.s)
     exact = start * per_frame(width_of_path(end_tau) / width_of_path(tau))
-    torch.testing.assert_close(end, exact, rtol=0.01, atol=0.01)
-    target = average_velocity(start, end, tau, end_tau)
+    torch.testing.assert_close(start + way, exact, rtol=0.01, atol=0.01)
+    target = average_velocity(way, tau, end_tau)
     width = per_frame(end_tau - tau)
     expected = torch.where(width > 0, (exact - start) / width.clamp(min=1e-9), 0.0)
     torch.testing.assert_close(target, expected, rtol=0.02, atol=0.03)
+
+
+def test_targets_of_narrow_segments_are_as_precise_as_those_of_wide_ones():
+    """The first of 16 segments is 16^-5 wide; a difference of latents would lose a tenth of it."""
+    scheme = PartitionScheme(K=0, N=16, c=1, s=16)
+    plan = plan_for(scheme, gamma=GammaConfig(kind="exponential", power=5.0))
+    positions = torch.zeros(1, 16, dtype=torch.long)
+    moving = torch.ones(1, 16, dtype=torch.bool)
+    start = 1.0 + torch.rand(1, 16, *SHAPE[1:])
+
+    def teacher(latents, tau, text):
+        return torch.full_like(latents, 0.3)
+
+    way = teacher_walk(teacher, start, positions, moving, plan, states(1.0, 1), states(0.0, 1))
+    tau, end_tau = plan.levels(positions, moving, 0), plan.levels(positions, moving, scheme.s)
+    assert 0 < (end_tau - tau).max() < 1e-6
+    target = average_velocity(way, tau, end_tau)
+    torch.testing.assert_close(target, torch.full_like(target, 0.3), rtol=1e-5, atol=0.0)
 
 
 @pytest.mark.parametrize("gamma", [GammaConfig(), GammaConfig(kind="exponential", power=3.0)])

@@ -1,17 +1,19 @@
 """`streamdit bench sprites`: from given models to a report, and from nothing to one."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from model_directory import write_model_directory
 from typer.testing import CliRunner
 
+import streamdit
 from evaluation.sprites import SpriteWorldConfig
 from jobs.cli import app
 from jobs.config import load_config
 from jobs.sprite_bench import SpriteBenchConfig, _scores, _stage_settings, measure
-from jobs.sprite_systems import plan_systems
+from jobs.sprite_systems import plan_systems, whole_chunks
 from streamdit.config import DistillationRecord, DistilledScheme, SamplingConfig
 from streamdit.errors import UserError
 from streamdit.io import read_model_config
@@ -55,6 +57,14 @@ def test_systems_share_the_buffer_and_differ_in_steps_and_guidance(models):
     assert {system.sampling.chunk_frames for system in systems} == {1}
     with pytest.raises(UserError, match="was not distilled from"):
         plan_systems(models[1], models[0])
+
+
+def test_time_is_taken_of_whole_chunks(models):
+    model, system = streamdit.load(models[1]), plan_systems(*models)[2]
+    assert model.config.autoencoder.temporal_factor == 4
+    for chunk_frames, frames in ((1, 64), (3, 72), (5, 80), (32, 128)):
+        sampling = system.sampling.model_copy(update={"chunk_frames": chunk_frames})
+        assert whole_chunks(model, replace(system, sampling=sampling), 64) == frames
 
 
 def test_teacher_with_weights_by_segment_is_named_as_what_stands_for_it(tmp_path):
@@ -148,6 +158,16 @@ def test_seeds_whose_models_are_sampled_otherwise_are_refused_before_anything_is
     assert result.exit_code == 2
     assert "seed 1 must be distilled as the first, or measured apart" in result.output
     assert not (tmp_path / "out" / "videos").exists()
+    (tmp_path / "slower").mkdir()
+    slower = write_pair(tmp_path / "slower")
+    for model in slower:
+        config = read_model_config(model).model_copy(update={"fps": 8.0})
+        (model / "config.json").write_text(config.model_dump_json())
+    pairs = (*pairs[:4], "--teacher", slower[0], "--student", slower[1])
+    result = run("bench", "sprites", "seeds=2", *pairs, "--out", tmp_path / "out")
+    assert "makes buffers of 16 frames at 8 frames per second but" in " ".join(
+        result.output.split()
+    )
     result = run("bench", "sprites", "drift_buffers=[]", *pairs, "--out", tmp_path / "out")
     assert result.exit_code == 2
     assert "drift_buffers" in result.output

@@ -1,5 +1,6 @@
 """Model directories: written whole, read back the same, refused when damaged."""
 
+import json
 import shutil
 
 import pytest
@@ -77,6 +78,17 @@ def test_another_autoencoder_than_the_latents_were_made_with_is_refused(tmp_path
         config.model_copy(update={"autoencoder": wrong}).model_dump_json()
     )
     with pytest.raises(UserError, match="was trained on latents of 000000000000"):
+        streamdit.load(target)
+
+
+@pytest.mark.parametrize("what", ["scale", "shift"])
+def test_another_normalisation_of_latents_is_refused(what, tmp_path):
+    target = write_model_directory(tmp_path)
+    path = target / "autoencoder" / "config.json"
+    record = json.loads(path.read_text())
+    record[what][0] += 0.5
+    path.write_text(json.dumps(record))
+    with pytest.raises(UserError, match=f"has another {what} of its latents than the model was"):
         streamdit.load(target)
 
 

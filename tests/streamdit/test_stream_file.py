@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 import streamdit
 from streamdit.config import PartitionConfig, PartitionEntry, SamplingConfig
+from streamdit.decoding import DecoderConfig
 from streamdit.errors import UserError
 from streamdit.io import read_model_config, save_model_directory
 from streamdit.state import load_state, save_state
@@ -123,6 +124,23 @@ def test_stream_is_not_continued_by_another_model_of_the_same_shape(model_dir, t
         UserError, match="made with the autoencoder weights of SHA-256 000000000000"
     ):
         streamdit.load(model_dir).resume(path)
+
+
+def test_stream_goes_on_in_its_precision_or_not_at_all(model_dir, tmp_path):
+    model = streamdit.load(model_dir)
+    stream = model.stream("x", seed=np.int64(3), decoder=DecoderConfig(bfloat16=True))
+    next(stream)
+    path = stream.save(tmp_path / "stream.safetensors")
+    expected = [next(stream).frames for _ in range(2)]
+    resumed = model.resume(path)
+    assert all(np.array_equal(next(resumed).frames, frames) for frames in expected)
+    with pytest.raises(UserError, match="decoder's precision bfloat16, not float32"):
+        model.resume(path, decoder=DecoderConfig())
+    rough = streamdit.load(model_dir, dtype=torch.bfloat16)
+    with pytest.raises(
+        UserError, match=r"the precision float32, not bfloat16; .* as it was loaded"
+    ):
+        rough.resume(path)
 
 
 def test_stream_that_continues_a_video_is_resumed(tmp_path):

@@ -74,6 +74,43 @@ def test_alias_moves_only_to_a_better_version(folder, tracking):
     assert len(list_versions(tracking, "tiny")) == 4
 
 
+def test_of_two_that_ask_at_once_the_better_one_has_the_alias(folder, tracking):
+    """The second registers between the first's look at the holder and its own move."""
+    model, better = folder / "teacher" / "model", Promotion("colour")
+    register(model, "race", "best", tracking, {"colour": 0.8}, promotion=better)
+    judge, rivals = Promotion.judge, [0.95]
+
+    def judging(self, new, old, holder):
+        found = judge(self, new, old, holder)
+        if rivals:
+            score = rivals.pop()
+            register(model, "race", "best", tracking, {"colour": score}, promotion=better)
+        return found
+
+    with mock.patch.object(Promotion, "judge", judging):
+        made = register(model, "race", "best", tracking, {"colour": 0.9}, promotion=better)
+    assert (made.version, made.alias) == ("2", None)
+    assert made.note == "version 3, registered meanwhile, is better"
+    assert find_registered("race", "best", tracking).version == "3"
+
+
+def test_a_tag_that_is_no_score_stops_nobody(folder, tracking):
+    model, better = folder / "teacher" / "model", Promotion("colour")
+    register(model, "tagged", "best", tracking, {"colour": 0.5, "shape": 0.4})
+    connect(tracking)[0].set_model_version_tag("tagged", "1", "score.colour", "n/a")
+    (row,) = list_versions(tracking, "tagged")
+    assert row["scores"] == {"shape": 0.4}
+    made = register(model, "tagged", "best", tracking, {"colour": 0.1}, promotion=better)
+    assert (made.alias, made.note) == ("best", "version 1 has no score colour to beat")
+
+
+def test_loading_from_a_store_of_this_machine_writes_nothing_there(folder, tracking, tmp_path):
+    register(folder / "teacher" / "model", "local", "best", tracking)
+    artifacts = [path for path in (tmp_path / "store").rglob("*") if path.suffix != ".db"]
+    streamdit.load("models:/local@best")
+    assert [path for path in (tmp_path / "store").rglob("*") if path.suffix != ".db"] == artifacts
+
+
 def test_better_is_higher_unless_lower_is_asked_for_and_a_draw_is_not_better():
     higher, lower = Promotion("colour"), Promotion("flicker", lower_is_better=True)
     assert higher.judge(0.5, "0.5", "version 1")[0] is False
