@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,10 @@ from typing import Any
 from jobs.console import console, progress, say
 from jobs.errors import Stopped, find_cause
 from jobs.runtime import ray_runtime
+from pipeline.lock import writing
 from streamdit.errors import UserError
 from training.config import LaunchConfig, RunConfig
+from training.engine import join_world
 from training.job import TrainJob
 from training.loop import train_loop
 from training.metrics import format_line
@@ -26,6 +29,9 @@ from training.stop import Interrupted
 from training.tracking import pinned
 
 POLL_S = 0.5
+WARNINGS_FILE = "warnings.log"
+"""In a run's directory: what its workers on Ray warned of."""
+OUR_LOGGERS = ("streamdit", "pipeline", "training", "distillation")
 
 
 def launch(job: TrainJob, address: str | None = None) -> Path:
@@ -39,17 +45,34 @@ def launch(job: TrainJob, address: str | None = None) -> Path:
     """
     job = replace(job, config=_with_pinned_store(job.config))
     job.config.accumulation(number_of_workers(job.config))
-    if job.finished():
+    if finished(job):
         say_once(f"{job.run_name}: {job.model_directory} is finished already")
         catch_up(job)
         return job.model_directory
-    if "RANK" in os.environ:
-        with follow(job) if is_main_process() else nullcontext():
-            _join(job)
-    else:
-        with ray_runtime(address), follow(job):
-            _fit(job, own_runtime=not (address or os.environ.get("RAY_ADDRESS")))
+    with _alone(job) if is_main_process() else nullcontext():
+        if "RANK" in os.environ:
+            with follow(job) if is_main_process() else nullcontext():
+                _join(job)
+        else:
+            with ray_runtime(address), follow(job):
+                _fit(job, own_runtime=not (address or os.environ.get("RAY_ADDRESS")))
     return job.model_directory
+
+
+def finished(job: TrainJob) -> bool:
+    """Whether a job's model is there; the same for all workers, whatever each of them sees."""
+    if "RANK" not in os.environ:
+        return job.finished()
+    return join_world().gather(job.finished())[0]
+
+
+def _alone(job: TrainJob) -> AbstractContextManager[None]:
+    """Be the one command that trains into a directory.
+
+    Raises:
+        UserError: if another does.
+    """
+    return writing(job.out, f"streamdit {job.run_name}", say)
 
 
 def number_of_workers(config: RunConfig) -> int:
@@ -89,7 +112,26 @@ def _join(job: TrainJob) -> None:
 
 def _worker(settings: dict[str, Any]) -> None:
     """What each Ray Train worker runs."""
-    train_loop(settings["job"])
+    job = settings["job"]
+    with _warnings_kept(Path(job.out) / WARNINGS_FILE):
+        train_loop(job)
+
+
+@contextmanager
+def _warnings_kept(path: Path) -> Iterator[None]:
+    """Write our warnings to a file: those of a worker end in a log of Ray's that nobody reads."""
+    handler = logging.FileHandler(path, delay=True)
+    handler.setLevel(logging.WARNING)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    loggers = [logging.getLogger(name) for name in OUR_LOGGERS]
+    for logger in loggers:
+        logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            logger.removeHandler(handler)
+        handler.close()
 
 
 def _fit(job: TrainJob, own_runtime: bool) -> None:
@@ -252,11 +294,12 @@ def check_resources(needed: dict[str, float], workers: int, total: dict[str, flo
 def follow(job: TrainJob) -> Iterator[None]:
     """Show the run's log lines, and a bar on a terminal, while it is under way."""
     stop = threading.Event()
-    lines = NewLines(job.metrics_path)
-    lines.read()  # those of an earlier start
+    lines, warnings = NewLines(job.metrics_path), NewLines(Path(job.out) / WARNINGS_FILE)
+    for file in (lines, warnings):
+        file.read()  # what is left of an earlier start
     with progress(job.run_name, unit="steps") as on_progress:
         thread = threading.Thread(
-            target=_show_lines, args=(job, lines, on_progress, stop), daemon=True
+            target=_show_lines, args=(job, lines, warnings, on_progress, stop), daemon=True
         )
         thread.start()
         try:
@@ -266,10 +309,18 @@ def follow(job: TrainJob) -> Iterator[None]:
             thread.join()
 
 
-def _show_lines(job: TrainJob, lines: NewLines, on_progress: Any, stop: threading.Event) -> None:
-    """Print the lines of the metrics file as they appear."""
+def _show_lines(
+    job: TrainJob,
+    lines: NewLines,
+    warnings: NewLines,
+    on_progress: Any,
+    stop: threading.Event,
+) -> None:
+    """Print the lines of the metrics file, and the workers' warnings, as they appear."""
     while True:
         last_look = stop.wait(POLL_S)
+        for warning in warnings.read():
+            say(f"warning: {warning}")
         for row in map(json.loads, lines.read()):
             console.print(format_line(row, job.config.steps), markup=False, soft_wrap=True)
             if console.is_terminal and "loss" in row:  # in a log file the lines say it already

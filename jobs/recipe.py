@@ -23,7 +23,14 @@ from distillation.config import DistillConfig
 from jobs.config import Layer, available_presets, load_config, read_preset, read_yaml
 from jobs.console import console
 from jobs.distill import check_in_mix, distillation_job
-from jobs.launch import catch_up, is_main_process, launch, number_of_workers, say_once
+from jobs.launch import (
+    catch_up,
+    finished,
+    is_main_process,
+    launch,
+    number_of_workers,
+    say_once,
+)
 from jobs.runtime import ray_runtime
 from jobs.training_job import check_dataset, training_job
 from pipeline.store import DatasetPath
@@ -32,7 +39,7 @@ from streamdit.files import replace_text
 from streamdit.io import read_model_config
 from streamdit.partition import PartitionMixture, PartitionScheme
 from training.config import RunConfig, TrainConfig
-from training.engine import join_world
+from training.engine import join_world, wait_for_all
 from training.job import TrainJob, difference
 from training.recipe import RecipeConfig, StageConfig
 from training.tracking import Tracker
@@ -261,7 +268,7 @@ def run_recipe(
                 job = stage.job(parent)
                 _check_unchanged(stage, job)
                 parent = job.model_directory
-                if job.finished():
+                if finished(job):
                     catch_up(job)
                     continue
                 say_once(f"stage {number}/{len(stages)}: {stage.name}")
@@ -283,7 +290,8 @@ def _workers(address: str | None) -> Iterator[Any]:
         with ray_runtime(address):
             yield lambda: None
         return
-    yield join_world().barrier
+    join_world()
+    yield wait_for_all
 
 
 def _set_aside(stages: Sequence[Stage], redo: str) -> None:

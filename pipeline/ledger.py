@@ -186,9 +186,15 @@ class Ledger:
         self.store.write_text(self.path(marker.unit), marker.model_dump_json(indent=1) + "\n")
 
     def attempt(self, unit: str, wanted: Wanted) -> int:
-        """Number of the run that `unit` is about to get with these settings, from 1."""
+        """Number of the run that `unit` is about to get with these settings, from 1.
+
+        A unit in which nothing failed gets no other run: its worker died right after the marker,
+        and what it did is done again.
+        """
         marker = self.read(unit)
-        return marker.attempts + 1 if marker and marker.fits(wanted) else 1
+        if marker is None or not marker.fits(wanted):
+            return 1
+        return marker.attempts + bool(marker.counters.get("dead"))
 
     def sweep(self, units: Iterable[str]) -> None:
         """Remove files of this stage that no marker lists: what interrupted runs left over."""

@@ -10,11 +10,15 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
+import time
 from collections.abc import Mapping, Sequence
+from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import torch
 
@@ -31,6 +35,8 @@ logger = logging.getLogger(__name__)
 
 MARKER = "complete.json"
 PREFIX = "step-"
+NFS_WAIT_S = 90.0
+"""Longer than a client of NFS, as it comes, takes what it knows of a folder for true."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +99,7 @@ def save_checkpoint(
     """Save the state of all ranks; every rank calls this."""
     folder = checkpoint_folder(root, facts.step)
     if world.is_main:
+        _drop_unfinished(root)  # first: the disk may have no room beside them
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
     world.barrier()
@@ -122,6 +129,22 @@ def _seal(folder: Path, world: World) -> dict[str, tuple[int, str]]:
     return {name: seal for part in world.gather(mine) for name, seal in part.items()}
 
 
+def _drop_unfinished(root: Path) -> None:
+    """Remove what was cut off while it was written."""
+    for folder in root.glob(f"{PREFIX}*"):
+        if not (folder / MARKER).is_file():
+            _remove(folder)
+
+
+def _remove(folder: Path) -> None:
+    """Remove a checkpoint; what cannot be removed now is tried again with the next one."""
+    try:
+        (folder / MARKER).unlink(missing_ok=True)
+        shutil.rmtree(folder)
+    except OSError as error:  # on NFS, a file that somebody still reads
+        logger.warning("%s cannot be removed yet (%s)", folder, error)
+
+
 def _drop_old(root: Path, step: int, config: CheckpointConfig) -> None:
     """Keep the newest checkpoints and the milestones, of those up to `step`.
 
@@ -133,10 +156,8 @@ def _drop_old(root: Path, step: int, config: CheckpointConfig) -> None:
     if config.keep_every:
         keep |= {folder for folder in found if step_of(folder) % config.keep_every == 0}
     for folder in root.glob(f"{PREFIX}*"):
-        if folder in keep:
-            continue
-        (folder / MARKER).unlink(missing_ok=True)
-        shutil.rmtree(folder)
+        if folder not in keep:
+            _remove(folder)
 
 
 def find_damage(folder: Path, files: Mapping[str, tuple[int, str]]) -> str | None:
@@ -187,6 +208,42 @@ def _warn_of_unfinished(root: Path, complete: Sequence[str]) -> None:
                 logger.warning("%s cannot be used (%s); starting from step 0", folder, reason)
 
 
+def require_shared_folder(root: Path, world: World) -> None:
+    """Make sure that all workers write into one folder, before any of them has done any work.
+
+    Raises:
+        UserError: if some do not see what the first one writes there.
+    """
+    if world.size == 1:
+        return
+    mark = root / world.gather(f".shared-{uuid4().hex}")[0]
+    if world.is_main:
+        root.mkdir(parents=True, exist_ok=True)
+        mark.touch()
+    world.barrier()
+    seen = world.gather(_appears(mark))
+    if world.is_main:
+        mark.unlink(missing_ok=True)
+    if not all(seen):
+        blind = ", ".join(str(rank) for rank, sees in enumerate(seen) if not sees)
+        raise UserError(
+            f"worker {blind} does not see what worker 0 writes into {root}; put --out on storage "
+            "that all nodes share"
+        )
+
+
+def _appears(path: Path) -> bool:
+    """Whether a file is there, or comes to be seen: NFS shows what others do after a while."""
+    until = time.monotonic() + NFS_WAIT_S
+    while not path.exists():
+        if time.monotonic() > until:
+            return False
+        time.sleep(1.0)
+        with suppress(OSError):
+            os.listdir(path.parent)  # looks anew where a lookup remembers
+    return True
+
+
 def load_checkpoint(
     root: Path,
     engine: Any,
@@ -203,15 +260,17 @@ def load_checkpoint(
     Raises:
         UserError: if it was made with another configuration, or ranks see different files.
     """
-    folders = world.gather([path.name for path in find_checkpoints(root)])
-    if any(found != folders[0] for found in folders):
+    require_shared_folder(root, world)
+    names = world.gather([path.name for path in find_checkpoints(root)])[0]
+    lacking = next((name for name in names if not _appears(root / name / MARKER)), None)
+    if any(world.gather(lacking)):
         raise UserError(
             f"workers see different checkpoints in {root}; put --out on storage that all nodes "
             "share"
         )
     if world.is_main:
-        _warn_of_unfinished(root, folders[0])
-    for name in folders[0]:
+        _warn_of_unfinished(root, names)
+    for name in names:
         folder = root / name
         facts, damage = _look_together(folder, world)
         if facts is None:
@@ -232,8 +291,9 @@ def load_checkpoint(
             path = average_file(folder, world.rank)
             ema.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
         else:
-            load_resharded(SavedShards(folder, facts.world_size), engine, ema)
+            with closing(SavedShards(folder, facts.world_size)) as shards:
+                load_resharded(shards, engine, ema)
         return facts
-    if folders[0] and world.is_main:
+    if names and world.is_main:
         logger.warning("no checkpoint in %s can be used; starting from step 0", root)
     return None

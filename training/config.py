@@ -137,7 +137,7 @@ class RunConfig(StrictModel):
     """Most clips per worker and forward pass; default: what the worker gets, all at once."""
     autoencoder: Literal["causal", "wan"] | None = None
     """Kind of autoencoder that the data set must have been encoded with; default: any that fits."""
-    seed: int = 0
+    seed: int = Field(default=0, ge=0)
     """Seed of initial weights, data order and every draw."""
     shuffle_mb: float = Field(default=512.0, gt=0)
     """Megabytes of shards that clips are shuffled among at a time; smaller data sets are shuffled

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import atexit
+import gc
 import io
 import logging
 import os
+import sys
 import warnings
+import weakref
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import cache
+from functools import _lru_cache_wrapper, cache
 from typing import Any, TypeVar
 
 import torch
@@ -22,6 +25,7 @@ from training.config import RunConfig
 from training.network import use_route_to_master
 
 T = TypeVar("T")
+ZERO = "deepspeed.runtime.zero."
 
 
 @dataclass(frozen=True)
@@ -91,6 +95,16 @@ def _gpu_of_worker() -> int:
         f"worker {worker} of this machine finds no GPU of its own, for there are {there}: start at "
         f"most {there} workers here, or set CUDA_VISIBLE_DEVICES= to train on the CPUs"
     )
+
+
+def wait_for_all() -> None:
+    """Barrier for what one rank may do for hours while the others wait; every rank calls this."""
+    dist.barrier(group=_patient_group())
+
+
+@cache
+def _patient_group() -> dist.ProcessGroup | None:
+    return dist.new_group(backend="gloo", timeout=timedelta(days=2))
 
 
 @cache
@@ -181,11 +195,37 @@ def initialize_deepspeed(
         from deepspeed.utils import logger
 
         logger.setLevel("ERROR")
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        # What can be compiled is not even looked for, which takes a compiler and says so.
+        vars(deepspeed.ops).setdefault("__compatible_ops__", {})["deepspeed_shm_comm"] = False
         engine, *_ = deepspeed.initialize(
             model=module, optimizer=optimizer, config=settings, dist_init_required=False
         )
+    _engines.add(engine)
     return engine
+
+
+_engines: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
+def release_engines() -> None:
+    """Give back the memory of all engines of this process, for what it does next.
+
+    DeepSpeed's hooks would hold their weights otherwise, and for ZeRO-3 a list of modules and the
+    caches of methods.
+    """
+    if not _engines:
+        return
+    while _engines:
+        _engines.pop().destroy()
+    stage3 = sys.modules.get("deepspeed.runtime.zero.parameter_offload")
+    if stage3 is not None:
+        stage3.FWD_MODULE_STACK.clear()
+        for found in gc.get_objects():
+            if isinstance(found, _lru_cache_wrapper) and found.__module__.startswith(ZERO):
+                found.cache_clear()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def set_learning_rate(engine: Any, learning_rate: float) -> None:

@@ -6,10 +6,12 @@ batches, since every step is read by itself.
 
 from __future__ import annotations
 
+import resource
 import signal
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -141,17 +143,41 @@ class BatchLoader(Dataset[list[Batch] | UserError]):
             pin_memory=pin,
             # A fork would copy threads and accelerator contexts in whatever state they are.
             multiprocessing_context="forkserver",
-            worker_init_fn=_ignore_interrupt,
+            worker_init_fn=_prepare_process,
         )
-        for batches in loader:
+        with _sigterm_held_back():
+            loaded = iter(loader)
+        for batches in loaded:
             if isinstance(batches, UserError):
                 raise batches
             yield batches
 
 
-def _ignore_interrupt(worker: int) -> None:
+def _prepare_process(worker: int) -> None:
     """Leave Ctrl-C to the trainer, which ends its loader processes itself."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    allow_open_files()
+
+
+@contextmanager
+def _sigterm_held_back() -> Iterator[None]:
+    """Processes that start meanwhile never get SIGTERM.
+
+    torchrun sends it to all processes of a worker's group, and the trainer needs its loaders up to
+    the step at which it stops.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def allow_open_files() -> None:
+    """As many as the machine lets a process have: every tensor from a loader process is one."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with suppress(ValueError, OSError):  # macOS names a limit that it does not grant
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def _copied_ahead(steps: Iterator[list[Batch]], device: torch.device) -> Iterator[list[Batch]]:

@@ -17,10 +17,11 @@ from streamdit.io import load_model
 from streamdit.model import StreamDiT, build_dit
 from training.data import LatentDataset
 from training.ema import ExponentialMovingAverage
-from training.engine import build_engine, join_world
+from training.engine import build_engine, join_world, release_engines
 from training.export import export_adapter, export_checkpoint, write_record
 from training.failures import memory_errors
 from training.job import TrainJob
+from training.loader import allow_open_files
 from training.lora import add_adapters
 from training.records import known_run, outbox_path
 from training.run import Run
@@ -35,6 +36,14 @@ def train_loop(job: TrainJob) -> None:
         UserError: if data set, model and configuration do not fit each other.
         Interrupted: after SIGTERM, once a checkpoint is written.
     """
+    allow_open_files()
+    try:
+        _train(job)
+    finally:
+        release_engines()
+
+
+def _train(job: TrainJob) -> None:
     config = job.config
     torch.set_num_threads(config.launch.cpus_per_worker)
     world = join_world()

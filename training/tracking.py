@@ -6,7 +6,8 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,16 @@ MOST_METRICS = 1000
 MAY_PASS = (401, 404, 408, 429)
 """HTTP refusals of what may be taken later: new credentials, a server back behind its proxy, less
 load. Whatever else of 400 to 499 is refused stays refused."""
+
+
+CREDENTIALS_MAY_PASS = (
+    *("AccessDenied", "ExpiredToken", "InvalidAccessKeyId", "RequestTimeTooSkewed"),
+    *("SignatureDoesNotMatch", "TokenRefreshRequired"),
+)
+"""What S3 says of credentials, or of a clock, that may be put right while the run goes on."""
+
+REQUEST_TIMEOUT = "MLFLOW_HTTP_REQUEST_TIMEOUT"
+SLOW_STORE_BYTES_PER_S = 5_000_000
 
 
 def tracking_uri(config: TrackingConfig) -> str:
@@ -65,7 +76,7 @@ def make_client(config: TrackingConfig) -> Any:
 
     # The first failed request tells; what is not sent is kept and tried again.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+    os.environ.setdefault(REQUEST_TIMEOUT, "10")
     logging.getLogger("alembic").setLevel(logging.WARNING)
     logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
     logging.getLogger("mlflow").setLevel(logging.WARNING)
@@ -288,7 +299,26 @@ class Tracker:
         else:
             path = Path(call["path"])
             upload = self.client.log_artifacts if path.is_dir() else self.client.log_artifact
-            upload(self.run_id, str(path), call["folder"])
+            with _patient_for(path):
+                upload(self.run_id, str(path), call["folder"])
+
+
+@contextmanager
+def _patient_for(path: Path) -> Iterator[None]:
+    """Let MLflow wait for the answer to an upload of `path`.
+
+    A server that hands artifacts on to a store answers when that has the whole file. (MLflow reads
+    the time from the environment at every request.)
+    """
+    largest = max((file.stat().st_size for file in path.rglob("*") if file.is_file()), default=0)
+    if path.is_file():
+        largest = path.stat().st_size
+    before = os.environ.get(REQUEST_TIMEOUT, "10")
+    os.environ[REQUEST_TIMEOUT] = str(int(before) + largest // SLOW_STORE_BYTES_PER_S)
+    try:
+        yield
+    finally:
+        os.environ[REQUEST_TIMEOUT] = before
 
 
 def _make_run(
@@ -361,6 +391,8 @@ def _http_status(error: BaseException | None) -> int | None:
             return int(error.get_http_status_code())
         response = getattr(error, "response", None)
         if isinstance(response, dict):  # botocore's
+            if response.get("Error", {}).get("Code") in CREDENTIALS_MAY_PASS:
+                return MAY_PASS[0]
             return int(response["ResponseMetadata"]["HTTPStatusCode"])
         if response is not None:
             return int(response.status_code)

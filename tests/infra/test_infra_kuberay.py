@@ -3,7 +3,11 @@
 import os
 import re
 import shlex
+import signal
 import socket
+import subprocess
+import sys
+import threading
 import time
 import urllib.request
 from pathlib import Path
@@ -94,6 +98,27 @@ def pod_specs():
 
 def check_kubernetes(document):
     kubernetes_validate.validate(document, "1.34", strict=True)
+
+
+def test_a_node_that_goes_away_asks_the_workers_of_a_training_to_save():
+    (training,) = [
+        container
+        for pod in pod_specs()
+        for container in pod["containers"]
+        if container.get("lifecycle")
+    ]
+    assert training["resources"]["limits"]["nvidia.com/gpu"] == "8"
+    hook = training["lifecycle"]["preStop"]["exec"]["command"]
+    assert hook[0] == "python"
+    with (
+        subprocess.Popen(["bash", "-c", "exec -a ray::RayTrainWorker sleep 100"]) as worker,
+        subprocess.Popen(["sleep", "100"]) as another,
+    ):
+        threading.Thread(target=worker.wait).start()  # as its raylet does
+        subprocess.run([sys.executable, *hook[1:]], check=True, timeout=60)
+        assert worker.wait(10) == -signal.SIGTERM
+        assert another.poll() is None
+        another.kill()
 
 
 def test_pods_and_volume_fit_kubernetes_own_schema():

@@ -172,6 +172,12 @@ def test_passing_failures_get_three_runs(tmp_path):
     assert ledger.attempt("u", SECOND) == 1
 
 
+def test_unit_done_again_because_its_worker_died_is_the_same_run(tmp_path):
+    ledger = Ledger(tmp_path, "curate")
+    ledger.finish("u", FIRST, [], {"clips": 3, "dead": 0}, ledger.attempt("u", FIRST))
+    assert ledger.attempt("u", FIRST) == 1
+
+
 def test_fingerprints_tell_values_apart():
     assert fingerprint(1, ["a"]) == fingerprint(1, ("a",))
     assert len({fingerprint(1, ["a"]), fingerprint([1, "a"]), fingerprint(1, ["b"])}) == 3

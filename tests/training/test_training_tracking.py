@@ -111,6 +111,40 @@ def test_artifacts_that_their_store_refuses_are_dropped_by_name(tmp_path, caplog
     assert tracker.client.get_run(tracker.run_id).info.status == "FINISHED"
 
 
+def s3_error(code):
+    """As boto3's upload raises it."""
+    from boto3.exceptions import S3UploadFailedError
+    from botocore.exceptions import ClientError
+
+    metadata = {"HTTPStatusCode": 403}
+    refused = ClientError({"Error": {"Code": code}, "ResponseMetadata": metadata}, "PutObject")
+    failed = S3UploadFailedError("upload failed")
+    failed.__context__ = refused
+    return failed
+
+
+def test_answer_to_a_large_artifact_is_waited_for_as_long_as_a_store_may_take(
+    tmp_path, monkeypatch
+):
+    tracker, seen = open_run(tmp_path, tmp_path.as_uri()), []
+    small, large = tmp_path / "small", tmp_path / "model" / "large"
+    small.write_text("x")
+    large.parent.mkdir()
+    with large.open("wb") as file:
+        file.truncate(16_000_000_000)
+
+    def upload(run_id, path, folder):
+        seen.append(int(os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"]))
+
+    monkeypatch.setattr(tracker.client, "log_artifact", upload)
+    monkeypatch.setattr(tracker.client, "log_artifacts", upload)
+    tracker.artifact(small)
+    tracker.artifact(large.parent)
+    tracker.finish()
+    assert seen == [10, 10 + 3200]
+    assert os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "10"
+
+
 def test_what_may_pass_is_told_from_what_stays_refused():
     import requests
     from mlflow.exceptions import MlflowException, RestException
@@ -122,7 +156,9 @@ def test_what_may_pass_is_told_from_what_stays_refused():
 
     kept = [http(status) for status in (401, 404, 408, 429, 500, 503)]
     kept += [MlflowException("no route"), OSError("reset"), requests.ConnectionError("refused")]
-    dropped = [http(400), http(403), http(413), FileNotFoundError("gone")]
+    for code in ("ExpiredToken", "RequestTimeTooSkewed", "InvalidAccessKeyId", "AccessDenied"):
+        kept.append(s3_error(code))
+    dropped = [s3_error("NoSuchBucket"), http(400), http(403), http(413), FileNotFoundError("gone")]
     dropped += [RestException({"error_code": "RESOURCE_DOES_NOT_EXIST"})]
     assert [_is_permanent(error) for error in kept] == [False] * len(kept)
     assert [_is_permanent(error) for error in dropped] == [True] * len(dropped)
