@@ -221,7 +221,8 @@ def release_engines() -> None:
     if stage3 is not None:
         stage3.FWD_MODULE_STACK.clear()
         for found in gc.get_objects():
-            if isinstance(found, _lru_cache_wrapper) and found.__module__.startswith(ZERO):
+            # Not `isinstance`, which asks proxies of what is gone.
+            if type(found) is _lru_cache_wrapper and str(found.__module__).startswith(ZERO):
                 found.cache_clear()
     gc.collect()
     if torch.cuda.is_available():
