@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from multiprocessing import resource_tracker
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -166,6 +167,8 @@ def _sigterm_held_back() -> Iterator[None]:
     torchrun sends it to all processes of a worker's group, and the trainer needs its loaders up to
     the step at which it stops.
     """
+    # First: it ignores SIGTERM by itself, and its start ends by letting the signal through again.
+    resource_tracker.ensure_running()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     try:
         yield
