@@ -78,15 +78,18 @@ def student_t(freedom: int) -> float:
 
 
 def share_interval(marks: Marks) -> Interval:
-    """Interval of a share over seeds, at least as wide as that of all videos together.
+    """Interval over seeds of a share of yes, at least as wide as Wilson's of all videos."""
+    over_seeds = interval([statistics.fmean(seed) for seed in marks])
+    return _at_least(over_seeds, wilson_half(over_seeds.mean, sum(map(len, marks))))
 
-    That is Wilson's where marks are yes or no. Means of several scatter less: theirs is by their
-    own scatter, with one video of mark 0 and one of mark 1 added.
+
+def mean_interval(marks: Marks) -> Interval:
+    """Interval over seeds of marks that are means of several, at least as wide as by their scatter.
+
+    That is of all videos together, with one of mark 0 and one of mark 1 added.
     """
     over_seeds = interval([statistics.fmean(seed) for seed in marks])
     together = [mark for seed in marks for mark in seed]
-    if set(together) <= {0.0, 1.0}:
-        return _at_least(over_seeds, wilson_half(over_seeds.mean, len(together)))
     return _at_least(over_seeds, _half_by_scatter([*together, 0.0, 1.0]))
 
 

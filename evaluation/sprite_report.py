@@ -9,7 +9,13 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
-from evaluation.intervals import Interval, difference_interval, interval, share_interval
+from evaluation.intervals import (
+    Interval,
+    difference_interval,
+    interval,
+    mean_interval,
+    share_interval,
+)
 from evaluation.sprite_benchmark import AXES, SystemFigures, per_seed
 
 FAILS_BY = 0.10
@@ -96,10 +102,8 @@ def markdown(systems: Sequence[SystemFigures], about: Sequence[str]) -> str:
 
 
 def _figures(systems: Sequence[SystemFigures]) -> str:
-    shares = [
-        *((f"{axis} right, %", [s.right[axis] for s in systems]) for axis in AXES),
-        *((_after(buffers), [s.drift[buffers] for s in systems]) for buffers in systems[0].drift),
-    ]
+    shares = [(f"{axis} right, %", [s.right[axis] for s in systems]) for axis in AXES]
+    means = [(_after(buffers), [s.drift[buffers] for s in systems]) for buffers in systems[0].drift]
     # The full teacher is the same as itself, which no number of videos makes surer.
     same = ["–", *(share_interval(s.same).percent() for s in systems[1:])]
     first, last = min(systems[0].drift), max(systems[0].drift)
@@ -108,6 +112,7 @@ def _figures(systems: Sequence[SystemFigures]) -> str:
         ("evaluations per second of video", [f"{s.evaluations_per_second:.0f}" for s in systems]),
         ("wall time per second of video, s", [str(interval(s.wall_per_second)) for s in systems]),
         *((name, [share_interval(one).percent() for one in marks]) for name, marks in shares),
+        *((name, [mean_interval(one).percent() for one in marks]) for name, marks in means),
         *(
             [(f"change from {first} to {last} buffers, points", [one.percent() for one in changes])]
             if last > first
@@ -231,7 +236,7 @@ def _bars(axes: Any, systems: Sequence[SystemFigures]) -> None:
 def _lines(axes: Any, systems: Sequence[SystemFigures]) -> None:
     buffers = list(systems[0].drift)
     for index, (system, colour, marker) in enumerate(zip(systems, COLOURS, MARKERS, strict=True)):
-        found = [share_interval(system.drift[length]) for length in buffers]
+        found = [mean_interval(system.drift[length]) for length in buffers]
         # Side by side, so that neither points nor error bars hide each other.
         places = np.arange(len(buffers)) + 0.1 * (index - 1)
         heights = [100 * one.mean for one in found]

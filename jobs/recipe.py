@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -21,7 +21,7 @@ from pydantic import ValidationError
 
 from distillation.config import DistillConfig
 from jobs.config import Layer, available_presets, load_config, read_preset, read_yaml
-from jobs.console import console
+from jobs.console import console, say
 from jobs.distill import check_in_mix, distillation_job
 from jobs.launch import (
     catch_up,
@@ -33,6 +33,7 @@ from jobs.launch import (
 )
 from jobs.runtime import ray_runtime
 from jobs.training_job import check_dataset, training_job
+from pipeline.lock import writing
 from pipeline.store import DatasetPath
 from streamdit.errors import UserError
 from streamdit.files import replace_text
@@ -255,7 +256,8 @@ def run_recipe(
             f"{parent} holds a model of another shape than the recipe's settings ask for; leave "
             "`model` out of them"
         )
-    with _workers(address) as barrier:
+    alone = writing(str(out), f"streamdit train --recipe {name}", say)
+    with alone if is_main_process() else nullcontext(), _workers(address) as barrier:
         if redo is not None:
             if is_main_process():
                 _set_aside(stages, redo)

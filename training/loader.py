@@ -148,6 +148,9 @@ class BatchLoader(Dataset[list[Batch] | UserError]):
         )
         with _sigterm_held_back():
             loaded = iter(loader)
+        for process in loaded._workers:
+            # How Python ends them as it exits itself; what they do not hear it would wait for.
+            process._popen.terminate = process._popen.kill
         for batches in loaded:
             if isinstance(batches, UserError):
                 raise batches

@@ -32,7 +32,7 @@ from training.tracking import ALREADY_EXISTS, connect, use_store
 
 ASKS_TAG = "asks_for."
 """With an alias: a version that was to have it for a higher or lower score, as this says."""
-TOGETHER_MS = 600_000
+TOGETHER_MS = 60_000
 """Versions made within this time may have been compared with the same holder of an alias."""
 SCORE_TAG = "score."
 """What tags with scores begin with."""
@@ -305,6 +305,8 @@ def _move_alias(
         return False, "no alias was asked for"
     better, note = True, ""
     holder = client.get_registered_model(name).aliases.get(alias)
+    if str(holder) == version:
+        return True, "given by another that asked at the same time"
     if promotion is not None and holder is not None:
         old = client.get_model_version(name, str(holder)).tags.get(SCORE_TAG + promotion.metric)
         better, note = promotion.judge(scores[promotion.metric], old, f"version {holder}")

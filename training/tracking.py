@@ -36,7 +36,7 @@ load. Whatever else of 400 to 499 is refused stays refused."""
 
 
 CREDENTIALS_MAY_PASS = (
-    *("AccessDenied", "ExpiredToken", "InvalidAccessKeyId", "RequestTimeTooSkewed"),
+    *("ExpiredToken", "InvalidAccessKeyId", "RequestTimeTooSkewed"),
     *("SignatureDoesNotMatch", "TokenRefreshRequired"),
 )
 """What S3 says of credentials, or of a clock, that may be put right while the run goes on."""

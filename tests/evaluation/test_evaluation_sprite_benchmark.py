@@ -8,6 +8,7 @@ import pytest
 from evaluation.intervals import (
     difference_interval,
     interval,
+    mean_interval,
     share_interval,
     student_t,
     wilson_half,
@@ -88,10 +89,11 @@ def test_means_of_several_marks_scatter_less_than_yes_and_no():
     means = [[0.5, 0.75, 1.0, 0.75] * 4] * 3
     # By hand: 36 of 48 in sum, 28.5 of their squares, with a 0 and a 1 to each: 50 marks.
     expected = 1.96 * ((29.5 / 50 - (37 / 50) ** 2) / 50) ** 0.5
-    found = share_interval(means)
+    found = mean_interval(means)
     assert (found.mean, found.half) == (0.75, pytest.approx(expected))
     assert found.half < 0.5 * wilson_half(0.75, 48)
-    assert share_interval([[0.75] * 16] * 3).half > 0.03  # that all agree is no certainty
+    assert mean_interval([[0.75] * 16] * 3).half > 0.03
+    assert mean_interval([[1.0] * 16] * 3).half > 0.03  # that all agree is no certainty
 
 
 def test_difference_of_systems_that_never_differ_is_not_certain_either():

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from jobs.config import available_presets, load_config
 from jobs.recipe import plan_stages, read_recipe, run_recipe
+from pipeline.lock import writing
 from streamdit.errors import UserError
 from streamdit.io import read_model_config
 from training.config import TrainConfig
@@ -118,6 +119,17 @@ def test_a_stage_does_not_train_on_what_another_distilled(dataset, tmp_path):
     turned = recipe.model_copy(update={"stages": (*recipe.stages, again)})
     with pytest.raises(UserError, match="stage again goes on from what stage distill distilled"):
         plan_stages(turned, dataset, tmp_path / "run")
+
+
+def test_a_recipe_is_run_by_one_command_at_a_time(dataset, tmp_path):
+    stages = planned(tmp_path, dataset)
+    (tmp_path / "run" / "quality").mkdir(parents=True)
+    with (
+        writing(str(tmp_path / "run"), "streamdit train --recipe paper"),
+        pytest.raises(UserError, match=r"`streamdit train --recipe paper` .* is writing to"),
+    ):
+        run_recipe("paper", stages, tmp_path / "run", redo="quality")
+    assert (tmp_path / "run" / "quality").is_dir(), "what the other trains is not moved away"
 
 
 def test_what_only_the_last_stage_cannot_do_is_told_before_the_first_one_starts(dataset, tmp_path):

@@ -11,10 +11,11 @@ import weakref
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from latent_dataset import train_settings, write_dataset
-from processes import started
+from processes import run, started
 from pydantic import ValidationError
 from training_runs import losses, tiny_job, train
 
@@ -178,7 +179,38 @@ def test_a_seed_that_no_generator_takes_is_refused_by_the_configuration(dataset_
         tiny_job(dataset_dir, tmp_path, seed=-1)
 
 
+def status_of(process):
+    """What Linux says of a process, by name."""
+    lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
+    return {name: value.strip() for name, _, value in (line.partition(":") for line in lines)}
+
+
+EXITS = """
+import sys
+from training.config import DataConfig
+from training.data import LatentDataset
+from training.loader import BatchLoader
+from training.order import BatchOrder
+
+if __name__ == "__main__":
+    dataset = LatentDataset(sys.argv[1], "train")
+    order = BatchOrder(dataset.buckets, 8, seed=1)
+    steps = BatchLoader(dataset, order, 4, 0, 1, 8, DataConfig(processes=2)).steps(0, 100)
+    next(steps)
+    raise SystemExit(3)  # with loaders that do not hear SIGTERM
+"""
+
+
+def test_a_trainer_that_fails_does_not_wait_for_its_loaders(dataset_dir, tmp_path):
+    script = tmp_path / "exits.py"
+    script.write_text(EXITS)
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    status, said = run(sys.executable, script, dataset_dir, timeout=120, env=environment)
+    assert status == 3, said
+
+
 @pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_sigterm_to_the_whole_group_saves_though_loaders_are_in_it(dataset_dir, tmp_path):
     """As torchrun ends a worker: with all that it started."""
     settings = tmp_path / "train.yaml"
@@ -205,6 +237,13 @@ def test_sigterm_to_the_whole_group_saves_though_loaders_are_in_it(dataset_dir, 
             assert worker.poll() is None, worker.stdout.read()
             assert time.monotonic() < deadline
             time.sleep(0.1)
+        held_back = [
+            int(status["SigBlk"], 16) & 1 << signal.SIGTERM - 1
+            for status in map(status_of, psutil.Process(worker.pid).children(recursive=True))
+            if status["Name"] == "pt_data_worker"
+        ]
+        assert held_back
+        assert all(held_back)
         os.killpg(worker.pid, signal.SIGTERM)
         said, _ = worker.communicate(timeout=120)
     assert worker.returncode == 0, said

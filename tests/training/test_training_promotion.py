@@ -17,7 +17,14 @@ from streamdit.config import DistillationRecord, DistilledScheme, SamplingConfig
 from streamdit.errors import UserError
 from streamdit.io import read_model_config, save_model_directory
 from training.config import TrackingConfig
-from training.registry import Promotion, find_registered, list_versions, register, version_tags
+from training.registry import (
+    Promotion,
+    _move_alias,
+    find_registered,
+    list_versions,
+    register,
+    version_tags,
+)
 from training.revision import git_revision
 from training.tracking import connect
 
@@ -92,6 +99,10 @@ def test_of_two_that_ask_at_once_the_better_one_has_the_alias(folder, tracking):
     assert (made.version, made.alias) == ("2", None)
     assert made.note == "version 3, registered meanwhile, is better"
     assert find_registered("race", "best", tracking).version == "3"
+    assert _move_alias(connect(tracking)[0], "race", "best", "3", {"colour": 0.95}, better) == (
+        True,
+        "given by another that asked at the same time",
+    )
 
 
 def test_a_tag_that_is_no_score_stops_nobody(folder, tracking):

@@ -156,9 +156,16 @@ def test_what_may_pass_is_told_from_what_stays_refused():
 
     kept = [http(status) for status in (401, 404, 408, 429, 500, 503)]
     kept += [MlflowException("no route"), OSError("reset"), requests.ConnectionError("refused")]
-    for code in ("ExpiredToken", "RequestTimeTooSkewed", "InvalidAccessKeyId", "AccessDenied"):
+    for code in ("ExpiredToken", "RequestTimeTooSkewed", "InvalidAccessKeyId"):
         kept.append(s3_error(code))
-    dropped = [s3_error("NoSuchBucket"), http(400), http(403), http(413), FileNotFoundError("gone")]
+    dropped = [
+        s3_error("NoSuchBucket"),
+        s3_error("AccessDenied"),
+        http(400),
+        http(403),
+        http(413),
+        FileNotFoundError("gone"),
+    ]
     dropped += [RestException({"error_code": "RESOURCE_DOES_NOT_EXIST"})]
     assert [_is_permanent(error) for error in kept] == [False] * len(kept)
     assert [_is_permanent(error) for error in dropped] == [True] * len(dropped)
