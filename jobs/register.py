@@ -16,10 +16,9 @@ from jobs.services import without_secrets
 from streamdit.errors import UserError
 from streamdit.io import read_model_config
 from training.config import TrackingConfig
+from training.promotion import Promotion, check_metric
 from training.registry import (
-    Promotion,
     Sample,
-    check_metric,
     check_names,
     check_scores,
     register,

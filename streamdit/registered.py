@@ -68,7 +68,7 @@ def download(uri: str) -> Path:
                     if not kept.is_dir():  # else another process was faster
                         raise
     except unreachable as error:
-        reason = str(error).splitlines()[0]
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
             f"{uri} cannot be loaded: {reason}; check the name and alias, and that "
             "MLFLOW_TRACKING_URI points to the store that holds it"

@@ -17,9 +17,8 @@ from streamdit.config import DistillationRecord, DistilledScheme, SamplingConfig
 from streamdit.errors import UserError
 from streamdit.io import read_model_config, save_model_directory
 from training.config import TrackingConfig
+from training.promotion import Promotion, move_alias
 from training.registry import (
-    Promotion,
-    _move_alias,
     find_registered,
     list_versions,
     register,
@@ -99,7 +98,7 @@ def test_of_two_that_ask_at_once_the_better_one_has_the_alias(folder, tracking):
     assert (made.version, made.alias) == ("2", None)
     assert made.note == "version 3, registered meanwhile, is better"
     assert find_registered("race", "best", tracking).version == "3"
-    assert _move_alias(connect(tracking)[0], "race", "best", "3", {"colour": 0.95}, better) == (
+    assert move_alias(connect(tracking)[0], "race", "best", "3", {"colour": 0.95}, better) == (
         True,
         "given by another that asked at the same time",
     )
